@@ -1,0 +1,847 @@
+/* The cpu backend: sealing pages and attending over them. Built by kernels/build.py, called by kernels/cpu.py.
+ *
+ * Portable C with GCC/Clang vector extensions: VL floats to a vector, whatever the processor has. Pages are read
+ * once per KV head: the codes of one page are spread to bytes in scratch (a few KB, first-level cache), scales are
+ * folded into the other operand, so that a code costs one conversion and one multiply-add per query head.
+ *
+ * Two products serve everything. With W stored [runs][length]:
+ *   nn: out[r][x]   += sum over runs of a[r][run] * W[run][x]    (K by channel, V by token, window V)
+ *   nt: out[r][run] += sum over x    of a[r][x]   * W[run][x]    (K by token, V by channel, window K)
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX2__) || defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#ifndef VL
+#if defined(__AVX512F__)
+#define VL 16
+#else
+#define VL 8
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+#define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
+
+typedef int64_t i64;
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef vf vf_at __attribute__((aligned(4), may_alias)); /* anywhere in memory */
+typedef uint8_t vb __attribute__((vector_size(VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));
+typedef vb vb_at __attribute__((aligned(1), may_alias));
+typedef vh vh_at __attribute__((aligned(1), may_alias));
+typedef _Float16 half;
+
+enum { U8, F16, BF16, F32 }; /* element types; kernels/cpu.py numbers them the same */
+enum { TILE_ROWS = 48, FUSED_ROWS = 4, WINDOW_CHUNK = 64, MIN_PAGES = 4 };
+
+static const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
+
+typedef struct {
+    i64 bits, channels, first, by_token, group, codes, scales, zeros;
+} Section;
+
+typedef struct {
+    const Section *sections; /* of head h, side s (0: K, 1: V): index[2h + s] up to index[2h + s + 1] */
+    const i64 *index;
+    i64 tokens; /* of a page; 0: no pages */
+    i64 half;   /* element type of 16-bit planes */
+} Layout;
+
+typedef struct {
+    const char *data;
+    i64 stride[4]; /* in elements */
+    i64 type;
+} Array;
+
+/* ---- loads and stores -------------------------------------------------------------------------------------- */
+
+INLINE i64 size_of(int type) { return type == U8 ? 1 : type == F32 ? 4 : 2; }
+
+INLINE float scalar_at(int type, const char *base, i64 i) {
+    if (type == U8) return ((const uint8_t *)base)[i];
+    if (type == F16) {
+        half h;
+        memcpy(&h, base + 2 * i, 2);
+        return (float)h;
+    }
+    if (type == BF16) {
+        uint16_t h;
+        memcpy(&h, base + 2 * i, 2);
+        uint32_t bits = (uint32_t)h << 16;
+        float f;
+        memcpy(&f, &bits, 4);
+        return f;
+    }
+    float f;
+    memcpy(&f, base + 4 * i, 4);
+    return f;
+}
+
+INLINE vf vector_at(int type, const char *base, i64 i) {
+    if (type == F32) return *(const vf_at *)(base + 4 * i);
+    if (type == BF16) {
+        vi wide = __builtin_convertvector(*(const vh_at *)(base + 2 * i), vi);
+        return (vf)(wide << 16);
+    }
+#if VL == 8 && defined(__AVX2__) && defined(__F16C__)
+    if (type == F16) return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(base + 2 * i)));
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(base + i))));
+#elif VL == 16 && defined(__AVX512F__)
+    if (type == F16) return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(base + 2 * i)));
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(base + i))));
+#else
+    if (type == F16) {
+        vf f;
+        for (int j = 0; j < VL; j++) f[j] = scalar_at(F16, base, i + j);
+        return f;
+    }
+    return __builtin_convertvector(__builtin_convertvector(*(const vb_at *)(base + i), vi), vf);
+#endif
+}
+
+INLINE vf load(const float *p) { return *(const vf_at *)p; }
+INLINE void store(float *p, vf x) { *(vf_at *)p = x; }
+INLINE vf broadcast(float x) { return x - (vf){0}; }
+
+INLINE vf vmax(vf a, vf b) {
+    vi m = a > b;
+    return (vf)(((vi)a & m) | ((vi)b & ~m));
+}
+
+INLINE vf vmin(vf a, vf b) {
+    vi m = a < b;
+    return (vf)(((vi)a & m) | ((vi)b & ~m));
+}
+
+INLINE float sum(vf x) {
+#if VL == 8 && defined(__AVX2__)
+    __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
+#elif VL == 16 && defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float total = 0;
+    for (int j = 0; j < VL; j++) total += x[j];
+    return total;
+#endif
+}
+
+INLINE float largest(vf x) {
+    float most = x[0];
+    for (int j = 1; j < VL; j++) most = MAX(most, x[j]);
+    return most;
+}
+
+/* 2^x to 2 ulp for x <= 127; 0 below -126. A polynomial in the fraction, the integer part added to the exponent. */
+INLINE vf exp2v(vf x) {
+    vi small = x < -126.0f;
+    x = vmax(x, broadcast(-126.0f));
+    vf shifted = x + 12582912.0f; /* 1.5 * 2^23: rounds to an integer, which lies in the low bits */
+    vf f = x - (shifted - 12582912.0f);
+    vf p = broadcast(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    vi result = (vi)p + ((vi)shifted << 23);
+    return (vf)(result & ~small);
+}
+
+INLINE vf tanhv(vf x) {
+    vf e = exp2v(vmin(x, broadcast(20.0f)) * (2 * LOG2E));
+    return 1.0f - 2.0f / (e + 1.0f);
+}
+
+/* ---- the two products -------------------------------------------------------------------------------------- */
+
+INLINE void nn_tile(const int rows, const int vecs, const int type, const float *a, i64 a_row, i64 a_run,
+                    const char *w, i64 ldw, i64 runs, float *out, i64 out_row) {
+    vf acc[4][8];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) acc[r][v] = (vf){0};
+    for (i64 run = 0; run < runs; run++) {
+        const char *here = w + run * ldw * size_of(type);
+        for (int v = 0; v < vecs; v++) {
+            vf x = vector_at(type, here, v * VL);
+            for (int r = 0; r < rows; r++) acc[r][v] += a[r * a_row + run * a_run] * x;
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < vecs; v++) {
+            float *to = out + r * out_row + v * VL;
+            store(to, load(to) + acc[r][v]);
+        }
+}
+
+INLINE void nn_rows(const int rows, const int type, const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw,
+                    i64 runs, i64 length, float *out, i64 out_row) {
+    const int widest = rows == 1 ? 8 : rows < 4 ? 4 : 2; /* accumulators that fit in 16 registers */
+    i64 x = 0;
+#define NN_TILES(vecs)                                                                                              \
+    for (; x + (vecs) * VL <= length; x += (vecs) * VL)                                                             \
+        nn_tile(rows, vecs, type, a, a_row, a_run, w + x * size_of(type), ldw, runs, out + x, out_row);
+    if (widest >= 8) NN_TILES(8)
+    if (widest >= 4) NN_TILES(4)
+    NN_TILES(2)
+    NN_TILES(1)
+#undef NN_TILES
+    for (; x < length; x++)
+        for (int r = 0; r < rows; r++) {
+            float total = 0;
+            for (i64 run = 0; run < runs; run++)
+                total += a[r * a_row + run * a_run] * scalar_at(type, w, run * ldw + x);
+            out[r * out_row + x] += total;
+        }
+}
+
+INLINE void nn_type(const int type, i64 rows, const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw, i64 runs,
+                    i64 length, float *out, i64 out_row) {
+    while (rows > 0) {
+        i64 take = rows == 4 ? 4 : MIN(rows, 3);
+        if (take == 4)
+            nn_rows(4, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+        else if (take == 3)
+            nn_rows(3, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+        else if (take == 2)
+            nn_rows(2, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+        else
+            nn_rows(1, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+        a += take * a_row, out += take * out_row, rows -= take;
+    }
+}
+
+static void nn(int type, i64 rows, const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw, i64 runs, i64 length,
+               float *out, i64 out_row) {
+    if (type == U8)
+        nn_type(U8, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+    else if (type == F16)
+        nn_type(F16, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+    else if (type == BF16)
+        nn_type(BF16, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+    else
+        nn_type(F32, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+}
+
+INLINE void nt_tile(const int rows, const int runs, const int type, const float *a, i64 a_row, const char *w, i64 ldw,
+                    i64 length, float *out, i64 out_row) {
+    vf acc[3][4];
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < runs; j++) acc[r][j] = (vf){0};
+    i64 x = 0;
+    for (; x + VL <= length; x += VL)
+        for (int j = 0; j < runs; j++) {
+            vf y = vector_at(type, w, j * ldw + x);
+            for (int r = 0; r < rows; r++) acc[r][j] += load(a + r * a_row + x) * y;
+        }
+    for (int r = 0; r < rows; r++)
+        for (int j = 0; j < runs; j++) {
+            float total = sum(acc[r][j]);
+            for (i64 i = x; i < length; i++) total += a[r * a_row + i] * scalar_at(type, w, j * ldw + i);
+            out[r * out_row + j] += total;
+        }
+}
+
+INLINE void nt_rows(const int rows, const int type, const float *a, i64 a_row, const char *w, i64 ldw, i64 runs,
+                    i64 length, float *out, i64 out_row) {
+    i64 run = 0;
+    for (; run + 4 <= runs; run += 4)
+        nt_tile(rows, 4, type, a, a_row, w + run * ldw * size_of(type), ldw, length, out + run, out_row);
+    for (; run < runs; run++)
+        nt_tile(rows, 1, type, a, a_row, w + run * ldw * size_of(type), ldw, length, out + run, out_row);
+}
+
+INLINE void nt_type(const int type, i64 rows, const float *a, i64 a_row, const char *w, i64 ldw, i64 runs, i64 length,
+                    float *out, i64 out_row) {
+    for (; rows >= 3; rows -= 3, a += 3 * a_row, out += 3 * out_row)
+        nt_rows(3, type, a, a_row, w, ldw, runs, length, out, out_row);
+    for (; rows > 0; rows--, a += a_row, out += out_row)
+        nt_rows(1, type, a, a_row, w, ldw, runs, length, out, out_row);
+}
+
+static void nt(int type, i64 rows, const float *a, i64 a_row, const char *w, i64 ldw, i64 runs, i64 length, float *out,
+               i64 out_row) {
+    if (type == F16)
+        nt_type(F16, rows, a, a_row, w, ldw, runs, length, out, out_row);
+    else if (type == BF16)
+        nt_type(BF16, rows, a, a_row, w, ldw, runs, length, out, out_row);
+    else
+        nt_type(F32, rows, a, a_row, w, ldw, runs, length, out, out_row);
+}
+
+/* ---- packed runs ------------------------------------------------------------------------------------------- */
+
+/* Strip j of a run of width b: codes j*m up to (j+1)*m, from bits b*j of its m bytes. */
+INLINE void unpack_run(const int bits, const i64 length, const uint8_t *src, uint8_t *dst) {
+    const i64 m = length * (bits == 3 ? 2 : bits) / 8;
+    const int width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
+    for (int j = 0; j < 8 / width; j++)
+        for (i64 i = 0; i < m; i++) dst[j * m + i] = (src[i] >> (width * j)) & mask;
+    if (bits == 3) {
+        const i64 n = length / 8;
+        for (int j = 0; j < 8; j++)
+            for (i64 i = 0; i < n; i++) dst[j * n + i] |= ((src[m + i] >> j) & 1) << 2;
+    }
+}
+
+INLINE void unpack_runs(const int bits, const i64 length, i64 runs, const uint8_t *restrict src,
+                        uint8_t *restrict dst) {
+    for (i64 run = 0; run < runs; run++) unpack_run(bits, length, src + run * (length * bits / 8), dst + run * length);
+}
+
+INLINE void unpack_width(const int bits, i64 length, i64 runs, const uint8_t *restrict src, uint8_t *restrict dst) {
+    if (length == 64)
+        unpack_runs(bits, 64, runs, src, dst);
+    else if (length == 128)
+        unpack_runs(bits, 128, runs, src, dst);
+    else if (length == 32)
+        unpack_runs(bits, 32, runs, src, dst);
+    else
+        unpack_runs(bits, length, runs, src, dst);
+}
+
+/* Codes of `runs` runs as bytes: in `scratch`, or where they lie. */
+static const char *unpack(int bits, i64 length, i64 runs, const char *src, char *scratch) {
+    const uint8_t *from = (const uint8_t *)src;
+    uint8_t *to = (uint8_t *)scratch;
+    if (bits == 8) return src;
+    if (bits == 4)
+        unpack_width(4, length, runs, from, to);
+    else if (bits == 3)
+        unpack_width(3, length, runs, from, to);
+    else
+        unpack_width(2, length, runs, from, to);
+    return scratch;
+}
+
+INLINE void pack_run(const int bits, i64 length, const uint8_t *restrict codes, uint8_t *restrict dst) {
+    const int width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
+    const i64 m = length * width / 8, n = length / 8;
+    for (i64 i = 0; i < m; i++) {
+        int byte = 0;
+        for (int j = 0; j < 8 / width; j++) byte |= (codes[j * m + i] & mask) << (width * j);
+        dst[i] = byte;
+    }
+    if (bits == 3)
+        for (i64 i = 0; i < n; i++) {
+            int byte = 0;
+            for (int j = 0; j < 8; j++) byte |= (codes[j * n + i] >> 2) << j;
+            dst[m + i] = byte;
+        }
+}
+
+/* ---- a page's section times queries or weights -------------------------------------------------------------- */
+
+typedef struct { /* one thread's memory */
+    float *q, *q_pages; /* [rows][dk], [rows][k_channels], scaled */
+    float *logits, *out; /* [rows][ld], [rows][dv] */
+    float *most, *total; /* [rows] */
+    float *wide; /* one section of one page, dequantised */
+    float *scales, *zeros, *folded; /* metadata of one section; [FUSED_ROWS][metadata] */
+    char *codes;
+} Scratch;
+
+static void to_floats(const char *src, i64 n, float *dst) {
+    i64 i = 0;
+    for (; i + VL <= n; i += VL) store(dst + i, vector_at(F16, src, i));
+    for (; i < n; i++) dst[i] = scalar_at(F16, src, i);
+}
+
+/* folded[i*ng + g] = v[i] * scales[i*ng + g]; bias[g] = sum over i of v[i] * zeros[i*ng + g] */
+INLINE void fold(const i64 ng, i64 runs, const float *restrict v, const float *restrict scales,
+                 const float *restrict zeros, float *restrict folded, float *restrict bias) {
+    if (ng == 1) {
+        vf b = {0};
+        i64 i = 0;
+        for (; i + VL <= runs; i += VL) {
+            vf x = load(v + i);
+            store(folded + i, x * load(scales + i));
+            b += x * load(zeros + i);
+        }
+        bias[0] = sum(b);
+        for (; i < runs; i++) {
+            folded[i] = v[i] * scales[i];
+            bias[0] += v[i] * zeros[i];
+        }
+        return;
+    }
+    for (i64 g = 0; g < ng; g++) bias[g] = 0;
+    for (i64 i = 0; i < runs; i++)
+        for (i64 g = 0; g < ng; g++) {
+            folded[i * ng + g] = v[i] * scales[i * ng + g];
+            bias[g] += v[i] * zeros[i * ng + g];
+        }
+}
+
+/* nn over a quantised section without dequantising it: a [rows <= 4][runs], groups along length, of VL floats or more */
+static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, const float *a, i64 a_row, i64 runs,
+                      i64 length, float *out, i64 out_row) {
+    i64 ng = length / s->group, meta = runs * ng;
+    float bias[length / VL + 1];
+    to_floats(page + s->scales, meta, t->scales);
+    to_floats(page + s->zeros, meta, t->zeros);
+    const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
+    for (i64 r = 0; r < rows; r++) {
+        float *folded = t->folded + r * meta;
+        if (ng == 1)
+            fold(1, runs, a + r * a_row, t->scales, t->zeros, folded, bias);
+        else if (ng == 2)
+            fold(2, runs, a + r * a_row, t->scales, t->zeros, folded, bias);
+        else
+            fold(ng, runs, a + r * a_row, t->scales, t->zeros, folded, bias);
+        for (i64 g = 0; g < ng; g++)
+            for (i64 x = g * s->group; x < (g + 1) * s->group; x += VL) {
+                float *to = out + r * out_row + x;
+                store(to, load(to) + bias[g]);
+            }
+    }
+    for (i64 g = 0; g < ng; g++)
+        nn(U8, rows, t->folded + g, meta, ng, codes + g * s->group, length, runs, s->group, out + g * s->group, out_row);
+}
+
+static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs, i64 length) {
+    i64 ng = length / s->group, group = s->group;
+    to_floats(page + s->scales, runs * ng, t->scales);
+    to_floats(page + s->zeros, runs * ng, t->zeros);
+    const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
+    for (i64 i = 0; i < runs * ng; i++) {
+        float scale = t->scales[i], zero = t->zeros[i];
+        i64 x = i * group, end = x + group;
+        for (; x + VL <= end; x += VL) store(t->wide + x, vector_at(U8, codes, x) * scale + zero);
+        for (; x < end; x++) t->wide[x] = scalar_at(U8, codes, x) * scale + zero;
+    }
+}
+
+/* K (side 0): out[r][token] += q . k over the section's channels. V (side 1): out[r][channel] += sum of p * v. */
+static void section_product(const Layout *layout, int side, const Section *s, const char *page, Scratch *t, i64 rows,
+                            const float *a, i64 a_row, float *out, i64 out_row) {
+    i64 runs = s->by_token ? layout->tokens : s->channels, length = s->by_token ? s->channels : layout->tokens;
+    int runs_summed = side == (int)s->by_token;
+    if (side == 0)
+        a += s->first;
+    else
+        out += s->first;
+    if (s->bits < 16 && runs_summed && rows <= FUSED_ROWS && s->group % VL == 0) {
+        nn_folded(s, page, t, rows, a, a_row, runs, length, out, out_row);
+        return;
+    }
+    const char *w = page + s->codes;
+    int type = s->bits == 16 ? (int)layout->half : F32;
+    if (s->bits < 16) {
+        dequantise(s, page, t, runs, length);
+        w = (const char *)t->wide;
+    }
+    if (runs_summed)
+        nn(type, rows, a, a_row, 1, w, length, runs, length, out, out_row);
+    else
+        nt(type, rows, a, a_row, w, length, runs, length, out, out_row);
+}
+
+/* ---- attention ----------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Layout layout;
+    i64 batch, n, q_heads, kv_heads, dk, dv, k_channels, slots, sinks;
+    Array q, q_pages;           /* [batch][n][q_heads][channels] */
+    Array window_k, window_v;   /* [batch][kv_heads][slots][channels] */
+    const int32_t *lengths, *sealed;
+    const i64 *table; /* [batch][table_stride] page ids */
+    i64 table_stride;
+    const i64 *addresses; /* by page id */
+    const float *bias;    /* [batch][n][q_heads], or null */
+    float scale, softcap;
+    float *out, *lse; /* [batch][n][q_heads][dv], [batch][n][q_heads] */
+    i64 threads;
+    i64 max_section, max_metadata; /* codes of the largest section of a page; its scales */
+} Attend;
+
+typedef struct { /* rows of one KV head over some pages of one sequence */
+    i64 batch, head, first_row, rows, first_page, pages, split, splits, part;
+} Unit;
+
+INLINE char *element(const Array *x, i64 i, i64 j, i64 k) {
+    i64 at = i * x->stride[0] + j * x->stride[1] + k * x->stride[2];
+    return (char *)x->data + at * size_of(x->type);
+}
+
+/* Row i of a KV head is query i / group of head kv_head * group + i % group. */
+static void gather_queries(const Attend *c, const Unit *u, const Array *q, i64 channels, float *dst) {
+    i64 group = c->q_heads / c->kv_heads;
+    float factor = c->softcap > 0 ? c->scale : c->scale * LOG2E;
+    for (i64 r = 0; r < u->rows; r++) {
+        i64 row = u->first_row + r;
+        const char *from = element(q, u->batch, row / group, u->head * group + row % group);
+        for (i64 d = 0; d < channels; d++)
+            dst[r * channels + d] = factor * scalar_at(q->type, from, d * q->stride[3]);
+    }
+}
+
+/* Logits [rows][ld] of `count` tokens become weights; older totals and outputs are rescaled to the new maximum. */
+static void online_softmax(const Attend *c, const Unit *u, Scratch *t, i64 count, i64 ld, int paged) {
+    i64 group = c->q_heads / c->kv_heads, padded = ROUND_UP(count, VL);
+    for (i64 r = 0; r < u->rows; r++) {
+        float *x = t->logits + r * ld;
+        i64 row = u->first_row + r;
+        float bias = 0;
+        if (paged && c->bias)
+            bias = c->bias[(u->batch * c->n + row / group) * c->q_heads + u->head * group + row % group];
+        for (i64 i = count; i < padded; i++) x[i] = -INFINITY;
+        if (c->softcap > 0) {
+            for (i64 i = 0; i < count; i += VL)
+                store(x + i, tanhv((load(x + i) + bias) / c->softcap) * (c->softcap * LOG2E));
+            for (i64 i = count; i < padded; i++) x[i] = -INFINITY;
+            bias = 0;
+        }
+        bias *= LOG2E;
+        vf top = load(x);
+        for (i64 i = VL; i < padded; i += VL) top = vmax(top, load(x + i));
+        float most = MAX(t->most[r], largest(top) + bias);
+        vf added = {0};
+        for (i64 i = 0; i < padded; i += VL) {
+            vf p = exp2v(load(x + i) + (bias - most));
+            store(x + i, p);
+            added += p;
+        }
+        if (most > t->most[r]) {
+            float keep = exp2f(t->most[r] - most);
+            t->total[r] *= keep;
+            t->most[r] = most;
+            for (i64 d = 0; d < c->dv; d++) t->out[r * c->dv + d] *= keep;
+        }
+        t->total[r] += sum(added);
+    }
+}
+
+static void attend_window(const Attend *c, const Unit *u, Scratch *t, i64 first, i64 count, i64 ld) {
+    const char *k = element(&c->window_k, u->batch, u->head, first);
+    const char *v = element(&c->window_v, u->batch, u->head, first);
+    memset(t->logits, 0, sizeof(float) * u->rows * ld);
+    nt(c->window_k.type, u->rows, t->q, c->dk, k, c->window_k.stride[2], count, c->dk, t->logits, ld);
+    online_softmax(c, u, t, count, ld, 0);
+    nn(c->window_v.type, u->rows, t->logits, ld, 1, v, c->window_v.stride[2], count, c->dv, t->out, c->dv);
+}
+
+static void prefetch(const char *from, i64 bytes) {
+    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+static void attend_page(const Attend *c, const Unit *u, Scratch *t, const char *page, const char *next, i64 ld) {
+    const i64 *index = c->layout.index + 2 * u->head;
+    const Section *sections = c->layout.sections;
+    memset(t->logits, 0, sizeof(float) * u->rows * ld);
+    for (int side = 0; side < 2; side++) {
+        const Section *first = sections + index[side], *last = sections + index[side + 1];
+        if (first == last) continue;
+        for (const Section *s = first; s < last; s++) {
+            if (next) prefetch(next + s->codes, s->channels * c->layout.tokens * s->bits / 8);
+            if (side == 0)
+                section_product(&c->layout, 0, s, page, t, u->rows, t->q_pages, c->k_channels, t->logits, ld);
+            else
+                section_product(&c->layout, 1, s, page, t, u->rows, t->logits, ld, t->out, c->dv);
+        }
+        if (side == 0) online_softmax(c, u, t, c->layout.tokens, ld, 1);
+    }
+}
+
+/* Contiguous stretches of a ring or of the sinks, in chunks. */
+static void attend_slots(const Attend *c, const Unit *u, Scratch *t, i64 first, i64 count, i64 ld) {
+    for (i64 done = 0; done < count; done += WINDOW_CHUNK)
+        attend_window(c, u, t, first + done, MIN(count - done, WINDOW_CHUNK), ld);
+}
+
+static void attend_recent(const Attend *c, const Unit *u, Scratch *t, i64 ld) {
+    i64 length = c->lengths[u->batch], sealed = c->sealed[u->batch], ring = c->slots - c->sinks;
+    attend_slots(c, u, t, 0, MIN(length, c->sinks), ld);
+    i64 recent = length - c->sinks - sealed;
+    if (recent <= 0) return;
+    i64 first = sealed % ring, straight = MIN(recent, ring - first);
+    attend_slots(c, u, t, c->sinks + first, straight, ld);
+    attend_slots(c, u, t, c->sinks, recent - straight, ld);
+}
+
+static void write_rows(const Attend *c, const Unit *u, const float *out, const float *most, const float *total) {
+    i64 group = c->q_heads / c->kv_heads;
+    for (i64 r = 0; r < u->rows; r++) {
+        i64 row = u->first_row + r;
+        i64 to = (u->batch * c->n + row / group) * c->q_heads + u->head * group + row % group;
+        float share = total[r] > 0 ? 1.0f / total[r] : 0.0f;
+        for (i64 d = 0; d < c->dv; d++) c->out[to * c->dv + d] = out[r * c->dv + d] * share;
+        c->lse[to] = total[r] > 0 ? (most[r] + log2f(total[r])) * LN2 : -INFINITY;
+    }
+}
+
+static void attend_unit(const Attend *c, const Unit *u, Scratch *t, float *parts, i64 ld) {
+    gather_queries(c, u, &c->q, c->dk, t->q);
+    if (c->layout.tokens) gather_queries(c, u, &c->q_pages, c->k_channels, t->q_pages);
+    for (i64 r = 0; r < u->rows; r++) t->most[r] = -INFINITY, t->total[r] = 0;
+    memset(t->out, 0, sizeof(float) * u->rows * c->dv);
+    if (u->split == 0) attend_recent(c, u, t, ld);
+    const i64 *ids = c->table + u->batch * c->table_stride + u->first_page;
+    for (i64 p = 0; p < u->pages; p++) {
+        const char *next = p + 1 < u->pages ? (const char *)c->addresses[ids[p + 1]] : NULL;
+        attend_page(c, u, t, (const char *)c->addresses[ids[p]], next, ld);
+    }
+    if (u->splits == 1) {
+        write_rows(c, u, t->out, t->most, t->total);
+        return;
+    }
+    float *part = parts + u->part * TILE_ROWS * (c->dv + 2);
+    memcpy(part, t->most, sizeof(float) * u->rows);
+    memcpy(part + TILE_ROWS, t->total, sizeof(float) * u->rows);
+    memcpy(part + 2 * TILE_ROWS, t->out, sizeof(float) * u->rows * c->dv);
+}
+
+/* The partial results of u and of the units after it that have the same rows, added up in u's. */
+static void merge_unit(const Attend *c, const Unit *u, float *parts) {
+    i64 size = TILE_ROWS * (c->dv + 2);
+    float *first = parts + u->part * size;
+    for (i64 r = 0; r < u->rows; r++) {
+        float most = -INFINITY, total = 0, *out = first + 2 * TILE_ROWS + r * c->dv;
+        for (i64 s = 0; s < u->splits; s++) most = MAX(most, first[s * size + r]);
+        for (i64 s = 0; s < u->splits; s++) {
+            const float *part = first + s * size;
+            float share = part[r] == -INFINITY ? 0 : exp2f(part[r] - most);
+            total += share * part[TILE_ROWS + r];
+            for (i64 d = 0; d < c->dv; d++)
+                out[d] = (s ? out[d] : 0) + share * part[2 * TILE_ROWS + r * c->dv + d];
+        }
+        first[r] = most, first[TILE_ROWS + r] = total;
+    }
+    write_rows(c, u, first + 2 * TILE_ROWS, first, first + TILE_ROWS);
+}
+
+/* The work in pieces of `chunk` pages or fewer; units == NULL only counts. `parts` counts pieces that need merging. */
+static i64 list_units(const Attend *c, i64 chunk, Unit *units, i64 *parts) {
+    i64 rows = c->n * (c->q_heads / c->kv_heads), count = 0;
+    *parts = 0;
+    for (i64 b = 0; b < c->batch; b++) {
+        i64 pages = c->layout.tokens ? c->sealed[b] / c->layout.tokens : 0;
+        i64 splits = MAX(1, (pages + chunk - 1) / chunk);
+        for (i64 h = 0; h < c->kv_heads; h++)
+            for (i64 row = 0; row < rows; row += TILE_ROWS)
+                for (i64 s = 0; s < splits; s++, count++) {
+                    i64 from = pages * s / splits, to = pages * (s + 1) / splits;
+                    if (units)
+                        units[count] = (Unit){b, h, row, MIN(rows - row, TILE_ROWS), from, to - from, s, splits, *parts};
+                    *parts += splits > 1;
+                }
+    }
+    return count;
+}
+
+static i64 page_chunk(const Attend *c) {
+    i64 rows = c->n * (c->q_heads / c->kv_heads), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, pages = 0;
+    for (i64 b = 0; b < c->batch && c->layout.tokens; b++) pages += c->sealed[b] / c->layout.tokens;
+    return MAX(MIN_PAGES, (pages * c->kv_heads * tiles + 8 * c->threads - 1) / (8 * c->threads));
+}
+
+static i64 aligned_floats(i64 n) { return ROUND_UP(n, 16) + 16; }
+
+/* All of a thread's scratch in one block, whose first address is `codes`; zero sizes are fine. */
+static int scratch_make(const Attend *c, Scratch *t, i64 rows, i64 ld) {
+    i64 sizes[] = {aligned_floats((c->max_section + 3) / 4), aligned_floats(rows * c->dk),
+                   aligned_floats(rows * c->k_channels), aligned_floats(rows * ld), aligned_floats(rows * c->dv),
+                   aligned_floats(rows), aligned_floats(rows), aligned_floats(c->max_section),
+                   aligned_floats(c->max_metadata), aligned_floats(c->max_metadata),
+                   aligned_floats(FUSED_ROWS * c->max_metadata)};
+    i64 total = 0;
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i];
+    float *p = aligned_alloc(64, ROUND_UP(total * sizeof(float), 64));
+    if (!p) return 0;
+    float *at[sizeof sizes / sizeof *sizes];
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) at[i] = p, p += sizes[i];
+    *t = (Scratch){.codes = (char *)at[0], .q = at[1], .q_pages = at[2], .logits = at[3], .out = at[4], .most = at[5],
+                   .total = at[6], .wide = at[7], .scales = at[8], .zeros = at[9], .folded = at[10]};
+    return 1;
+}
+
+/* Returns 0, or 1 when memory is short. */
+int kvcc_attend(const Attend *c) {
+    i64 chunk = page_chunk(c), parts_count;
+    i64 count = list_units(c, chunk, NULL, &parts_count);
+    i64 rows = MIN(TILE_ROWS, c->n * (c->q_heads / c->kv_heads));
+    i64 ld = ROUND_UP(MAX(c->layout.tokens, WINDOW_CHUNK), VL);
+    Unit *units = malloc(sizeof(Unit) * MAX(count, 1));
+    float *parts = malloc(sizeof(float) * MAX(parts_count * TILE_ROWS * (c->dv + 2), 1));
+    int failed = !units || !parts;
+    if (!failed) {
+        list_units(c, chunk, units, &parts_count);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(MIN(c->threads, MAX(count, 1)))
+#endif
+        {
+            Scratch t;
+            int made = scratch_make(c, &t, rows, ld);
+            if (!made) {
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+                failed = 1;
+            }
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic, 1)
+#endif
+            for (i64 i = 0; i < count; i++)
+                if (made) attend_unit(c, units + i, &t, parts, ld);
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+            for (i64 i = 0; i < count; i++)
+                if (units[i].splits > 1 && units[i].split == 0 && !failed) merge_unit(c, units + i, parts);
+            if (made) free(t.codes);
+        }
+    }
+    free(units);
+    free(parts);
+    return failed;
+}
+
+/* ---- sealing ---------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    Layout layout;
+    i64 pages, kv_heads;
+    Array k, v;           /* [pages][kv_heads][tokens][channels] */
+    const i64 *addresses; /* [pages] */
+    i64 threads, max_section;
+} Seal;
+
+/* A side's tokens and channels of one section as floats [runs][length]. */
+INLINE void gather_type(const int type, const Section *s, i64 tokens, const char *from, i64 stride_t, i64 stride_c,
+                        float *restrict x) {
+    for (i64 t = 0; t < tokens; t++)
+        for (i64 d = 0; d < s->channels; d++) {
+            float value = scalar_at(type, from, t * stride_t + (s->first + d) * stride_c);
+            x[s->by_token ? t * s->channels + d : d * tokens + t] = value;
+        }
+}
+
+static void gather(int type, const Section *s, i64 tokens, const char *from, i64 stride_t, i64 stride_c, float *x) {
+    if (type == F32)
+        gather_type(F32, s, tokens, from, stride_t, stride_c, x);
+    else if (type == F16)
+        gather_type(F16, s, tokens, from, stride_t, stride_c, x);
+    else
+        gather_type(BF16, s, tokens, from, stride_t, stride_c, x);
+}
+
+static void quantise_group(const float *x, i64 n, int levels, half *scale, half *zero, uint8_t *codes) {
+    float low = x[0], high = x[0];
+    i64 i = 0;
+    if (n >= VL) {
+        vf lows = load(x), highs = lows;
+        for (; i + VL <= n; i += VL) {
+            vf y = load(x + i);
+            lows = vmin(lows, y), highs = vmax(highs, y);
+        }
+        low = -largest(-lows), high = largest(highs);
+    }
+    for (; i < n; i++) low = MIN(low, x[i]), high = MAX(high, x[i]);
+    const half floor = (half)1e-6f; /* a constant group must not divide by zero */
+    half z = (half)low, s = (half)((high - (float)z) / (float)levels);
+    if (s < floor) s = floor;
+    *zero = z, *scale = s;
+    float zf = (float)z, sf = (float)s;
+    for (i = 0; i < n; i++) {
+        float step = (x[i] - zf) / sf;
+        step = step < 0.0f ? 0.0f : step > (float)levels ? (float)levels : step;
+        codes[i] = (uint8_t)(int32_t)rintf(step); /* to the nearest, halves to even */
+    }
+}
+
+static void seal_raw(int type, const float *x, i64 n, char *to) {
+    for (i64 i = 0; i < n; i++) {
+        if (type == F32) {
+            memcpy(to + 4 * i, x + i, 4);
+        } else if (type == F16) {
+            half h = (half)x[i];
+            memcpy(to + 2 * i, &h, 2);
+        } else {
+            uint32_t bits;
+            memcpy(&bits, x + i, 4);
+            int nan = (bits & 0x7fffffff) > 0x7f800000;
+            uint16_t h = nan ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+            memcpy(to + 2 * i, &h, 2);
+        }
+    }
+}
+
+static void zero_tail(char *page, i64 end) { memset(page + end, 0, ROUND_UP(end, 16) - end); }
+
+static void seal_section(const Layout *layout, const Section *s, const float *x, uint8_t *codes, char *page) {
+    i64 runs = s->by_token ? layout->tokens : s->channels, length = s->by_token ? s->channels : layout->tokens;
+    i64 bytes = runs * length * s->bits / 8, ng = length / MAX(s->group, 1);
+    zero_tail(page, s->codes + bytes);
+    if (s->bits >= 16) {
+        seal_raw(s->bits == 16 ? (int)layout->half : F32, x, runs * length, page + s->codes);
+        return;
+    }
+    half *scales = (half *)(page + s->scales), *zeros = (half *)(page + s->zeros);
+    for (i64 i = 0; i < runs * ng; i++)
+        quantise_group(x + i * s->group, s->group, (1 << s->bits) - 1, scales + i, zeros + i, codes + i * s->group);
+    for (i64 run = 0; run < runs; run++) {
+        uint8_t *to = (uint8_t *)page + s->codes + run * (length * s->bits / 8);
+        const uint8_t *from = codes + run * length;
+        if (s->bits == 2)
+            pack_run(2, length, from, to);
+        else if (s->bits == 3)
+            pack_run(3, length, from, to);
+        else if (s->bits == 4)
+            pack_run(4, length, from, to);
+        else
+            memcpy(to, from, length);
+    }
+    zero_tail(page, s->scales + 2 * runs * ng);
+    zero_tail(page, s->zeros + 2 * runs * ng);
+}
+
+/* Returns 0, or 1 when memory is short. */
+int kvcc_seal(const Seal *c) {
+    int failed = 0;
+    i64 count = c->pages * c->kv_heads;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(MIN(c->threads, MAX(count, 1)))
+#endif
+    {
+        float *x = malloc(sizeof(float) * MAX(c->max_section, 1));
+        uint8_t *codes = malloc(MAX(c->max_section, 1));
+        if (!x || !codes) {
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+            failed = 1;
+        }
+#ifdef _OPENMP
+#pragma omp for schedule(static)
+#endif
+        for (i64 i = 0; i < count; i++) {
+            if (!x || !codes) continue;
+            i64 n = i / c->kv_heads, h = i % c->kv_heads;
+            for (int side = 0; side < 2; side++) {
+                const Array *from = side ? &c->v : &c->k;
+                for (i64 j = c->layout.index[2 * h + side]; j < c->layout.index[2 * h + side + 1]; j++) {
+                    const Section *s = c->layout.sections + j;
+                    gather(from->type, s, c->layout.tokens, element(from, n, h, 0), from->stride[2], from->stride[3], x);
+                    seal_section(&c->layout, s, x, codes, (char *)c->addresses[n]);
+                }
+            }
+        }
+        free(x);
+        free(codes);
+    }
+    return failed;
+}

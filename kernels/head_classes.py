@@ -1,0 +1,63 @@
+"""Groups the KV heads of a page layout so that one compiled kernel serves all heads stored alike."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from kvcc.kernels.layout import PageLayout, Section
+
+
+class PlaneSpec(NamedTuple):
+    """One plane, as compile-time constants of a kernel; offsets in bytes from where the head's record starts."""
+
+    bits: int
+    channels: int
+    width: int  # channels rounded up to a power of two, at least 16: what a tile of the plane spans
+    first_channel: int
+    by_tokens: int  # 1: a run is a channel and groups span tokens; 0: a run is a token and groups span channels
+    group_size: int
+    codes: int
+    scales: int
+    zeros: int
+
+
+@dataclass(frozen=True)
+class HeadClass:
+    """KV heads with the same planes: heads[i] = (KV head, byte offset of its record in the page)."""
+
+    heads: tuple[tuple[int, int], ...]
+    k: tuple[PlaneSpec, ...]
+    v: tuple[PlaneSpec, ...]
+
+
+@lru_cache(maxsize=256)
+def head_classes(layout: PageLayout) -> tuple[HeadClass, ...]:
+    """The classes of a layout, each head in exactly one. A uniform layout has a single class."""
+    members: dict[tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...]], list[tuple[int, int]]] = {}
+    for head, (k, v) in enumerate(zip(layout.k, layout.v, strict=True)):
+        base = min((section.codes for section in k + v), default=0)
+        planes = (_planes(k, base), _planes(v, base))
+        members.setdefault(planes, []).append((head, base))
+    return tuple(HeadClass(tuple(heads), k, v) for (k, v), heads in members.items())
+
+
+def _planes(sections: tuple[Section, ...], base: int) -> tuple[PlaneSpec, ...]:
+    return tuple(
+        PlaneSpec(
+            bits=s.bits,
+            channels=s.channels,
+            width=padded(s.channels),
+            first_channel=s.first_channel,
+            by_tokens=int(s.groups == "tokens"),
+            group_size=s.group_size,
+            codes=s.codes - base,
+            scales=0 if s.raw else s.scales - base,
+            zeros=0 if s.raw else s.zeros - base,
+        )
+        for s in sections
+    )
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16 (the least a matrix instruction takes), that holds `size`."""
+    return max(16, 1 << (size - 1).bit_length())

@@ -1,0 +1,155 @@
+"""The reference backend: plain torch, obvious, the specification of the others."""
+
+import torch
+from torch import Tensor
+
+from kvcc.kernels.layout import PageLayout, Section, packed_bytes
+from kvcc.kernels.packing import pack, unpack
+from kvcc.kernels.pool import PagePool
+from kvcc.kernels.protocol import Cached
+
+SCALE_FLOOR = 1e-6  # a constant group (padding, a dead channel) must not divide by zero
+
+name = "reference"
+
+
+def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The reference runs every layout everywhere."""
+    return None
+
+
+def quantize(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric min-max codes of runs x [..., n]: (codes uint8 [..., n], scale, zero float16 [..., n / group_size])."""
+    groups = x.float().unflatten(-1, (-1, group_size))
+    zero = groups.amin(-1).half()
+    span = groups.amax(-1) - zero.float()
+    scale = (span / (2**bits - 1)).half().clamp_min(SCALE_FLOOR)
+    steps = (groups - zero.float()[..., None]) / scale.float()[..., None]
+    codes = steps.clamp(0, 2**bits - 1).round().to(torch.uint8)
+    return codes.flatten(-2), scale, zero
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """float32 [..., n] from codes [..., n] and scale, zero [..., groups]."""
+    groups = codes.float().unflatten(-1, (scale.shape[-1], -1))
+    return (groups * scale.float()[..., None] + zero.float()[..., None]).flatten(-2)
+
+
+def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor) -> None:
+    """See `Backend.seal`."""
+    records = torch.zeros(len(pages), layout.nbytes, dtype=torch.uint8, device=k.device)
+    for head in range(layout.kv_heads):
+        for x, sections in ((k, layout.k[head]), (v, layout.v[head])):
+            for section in sections:
+                last = section.first_channel + section.channels
+                _seal_section(layout, section, x[:, head, :, section.first_channel : last], records)
+    pool.write(pages, records)
+
+
+def _seal_section(layout: PageLayout, section: Section, x: Tensor, records: Tensor) -> None:
+    runs = x.transpose(1, 2) if section.groups == "tokens" else x  # [N, runs, run length]
+    if section.raw:
+        half = layout.half if section.bits == 16 else torch.float32
+        _put(records, section.codes, runs.to(half))
+        return
+    codes, scale, zero = quantize(runs, section.bits, section.group_size)
+    _put(records, section.codes, pack(codes, section.bits))
+    _put(records, section.scales, scale)
+    _put(records, section.zeros, zero)
+
+
+def _put(records: Tensor, offset: int, x: Tensor) -> None:
+    raw = x.contiguous().flatten(1).view(torch.uint8)
+    records[:, offset : offset + raw.shape[1]] = raw
+
+
+def unseal(layout: PageLayout, records: Tensor) -> tuple[Tensor, Tensor]:
+    """What pages stand for, in float32: k [N, Hkv, tokens, k_channels], v [N, Hkv, tokens, v_channels].
+
+    Channels beyond a narrower head's own are zero.
+    """
+    n, tokens, device = len(records), layout.tokens, records.device
+    k = torch.zeros(n, layout.kv_heads, tokens, layout.k_channels, device=device)
+    v = torch.zeros(n, layout.kv_heads, tokens, layout.v_channels, device=device)
+    for head in range(layout.kv_heads):
+        for x, sections in ((k, layout.k[head]), (v, layout.v[head])):
+            for section in sections:
+                last = section.first_channel + section.channels
+                x[:, head, :, section.first_channel : last] = _unseal_section(layout, section, records)
+    return k, v
+
+
+def _unseal_section(layout: PageLayout, section: Section, records: Tensor) -> Tensor:
+    tokens, channels = layout.tokens, section.channels
+    runs, length = (channels, tokens) if section.groups == "tokens" else (tokens, channels)
+    stored = _get(records, section.codes, packed_bytes(section.bits, tokens * channels))
+    if section.raw:
+        x = stored.view(layout.half if section.bits == 16 else torch.float32).float().unflatten(1, (runs, length))
+    else:
+        metadata = 2 * runs * length // section.group_size
+        scale = _get(records, section.scales, metadata).view(torch.float16).unflatten(1, (runs, -1))
+        zero = _get(records, section.zeros, metadata).view(torch.float16).unflatten(1, (runs, -1))
+        x = dequantize(unpack(stored.unflatten(1, (runs, -1)), section.bits, length), scale, zero)
+    return x.transpose(1, 2) if section.groups == "tokens" else x
+
+
+def _get(records: Tensor, offset: int, nbytes: int) -> Tensor:
+    return records[:, offset : offset + nbytes].clone()
+
+
+def attend(
+    cached: Cached,
+    q: Tensor,
+    q_pages: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    page_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See `Backend.attend`."""
+    batch, n, q_heads, _ = q.shape
+    out = torch.zeros(batch, n, q_heads, cached.window_v.shape[-1], device=q.device)
+    lse = torch.full((batch, n, q_heads), -torch.inf, device=q.device)
+    for row in range(batch):
+        slots = window_slots(cached, row)
+        logits = _logits(q[row], cached.window_k[row][:, slots].float(), scale, None)
+        values = cached.window_v[row][:, slots].float()
+        if cached.layout is not None and cached.pool is not None and int(cached.sealed[row]):
+            ids = cached.table[row, : int(cached.sealed[row]) // cached.layout.tokens]
+            k, v = unseal(cached.layout, cached.pool.read(ids))
+            bias = None if page_bias is None else page_bias[row]
+            body = _logits(q_pages[row], k.transpose(0, 1).flatten(1, 2), scale, bias)
+            logits = torch.cat([logits, body], dim=-1)
+            values = torch.cat([values, v.transpose(0, 1).flatten(1, 2)], dim=1)
+        if logits.shape[-1] == 0:
+            continue
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
+        lse[row] = logits.logsumexp(-1)
+        weights = logits.softmax(-1).unflatten(1, (values.shape[0], -1))  # [n, Hkv, group, T]
+        out[row] = torch.einsum("nhgt,htd->nhgd", weights, values).flatten(1, 2)
+    return out, lse
+
+
+def _logits(q: Tensor, k: Tensor, scale: float, bias: Tensor | None) -> Tensor:
+    """[n, Hq, T] from q [n, Hq, D] and k [Hkv, T, D]."""
+    grouped = q.float().unflatten(1, (k.shape[0], -1))
+    logits = scale * torch.einsum("nhgd,htd->nhgt", grouped, k).flatten(1, 2)
+    return logits if bias is None else logits + bias[..., None]
+
+
+def window_slots(cached: Cached, row: int) -> Tensor:
+    """Window slots of sequence `row` that hold a token, oldest first: [slots] int64."""
+    length, sealed, sinks = int(cached.lengths[row]), int(cached.sealed[row]), cached.sinks
+    ring = cached.window_k.shape[2] - sinks
+    first = torch.arange(min(length, sinks))
+    recent = torch.arange(sinks + sealed, max(length, sinks + sealed))
+    return torch.cat([first, sinks + (recent - sinks) % max(ring, 1)]).to(cached.window_k.device)
+
+
+def merge(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """One attention out of partial ones over disjoint keys: parts of (out [..., D], lse [...])."""
+    total = torch.stack([lse for _, lse in parts]).logsumexp(0)
+    safe = torch.where(total == -torch.inf, torch.zeros_like(total), total)
+    out = sum(o.float() * (lse - safe).exp()[..., None] for o, lse in parts)
+    assert isinstance(out, Tensor)
+    return out, total

@@ -1,0 +1,461 @@
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+"""Triton kernels: seal a plane of pages, attend over pages, attend over the window, merge the parts.
+
+Arguments of a kernel have no Python types; each docstring gives shapes. Everything is computed in float32 after a
+load; only operands of matrix products are rounded, to DOT. A *plane* argument is a `PlaneSpec`, known at compile time.
+Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with a final merge is
+flash-decoding (Dao et al., 2023); the online softmax is Milakov and Gimelshein's, arXiv 1805.02867.
+"""
+
+import triton
+import triton.language as tl
+
+SCALE_FLOOR = tl.constexpr(1.0132789611816406e-06)  # float16(1e-6), as the reference rounds it
+ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds a small float32 half to even
+
+
+# ---- reading a page
+
+
+@triton.jit
+def _load_bits(rows, pos, mask, BYTES: tl.constexpr, BITS: tl.constexpr):
+    """Codes of one packed width at positions `pos` of each of `rows` ([R, 1] pointers): int32 [R, L]."""
+    byte = tl.load(rows + (pos % BYTES)[None, :], mask=mask, other=0).to(tl.int32)
+    return (byte >> ((pos // BYTES) * BITS)[None, :]) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
+    """Codes of runs of LENGTH codes each: int32 [R, L]. Width 3 is a 2-bit run and then a run of third bits."""
+    rows = base + run[:, None] * (LENGTH * BITS // 8)
+    if BITS == 3:
+        low = _load_bits(rows, pos, mask, LENGTH // 4, 2)
+        return low | (_load_bits(rows + LENGTH // 4, pos, mask, LENGTH // 8, 1) << 2)
+    else:
+        return _load_bits(rows, pos, mask, LENGTH * BITS // 8, BITS)
+
+
+@triton.jit
+def _load_groups(base, run, run_mask, start, G: tl.constexpr, LENGTH: tl.constexpr, L: tl.constexpr):
+    """One float16 per group, spread over the positions start .. start + L: float32 [R, L] or [R, 1].
+
+    Where it can, a group's value is loaded once and broadcast: a load per element would cost as much as its code.
+    """
+    GROUPS: tl.constexpr = LENGTH // G
+    rows = base.to(tl.pointer_type(tl.float16)) + run[:, None] * GROUPS
+    if GROUPS == 1:
+        return tl.load(rows, mask=run_mask[:, None], other=0).to(tl.float32)
+    elif G % L == 0:
+        return tl.load(rows + start // G, mask=run_mask[:, None], other=0).to(tl.float32)
+    elif L % G == 0:
+        group = start // G + tl.arange(0, L // G)
+        mask = run_mask[:, None] & (group < GROUPS)[None, :]
+        x = tl.load(rows + group[None, :], mask=mask, other=0).to(tl.float32)
+        R: tl.constexpr = x.shape[0]
+        return tl.broadcast_to(x[:, :, None], [R, L // G, G]).reshape([R, L])
+    else:
+        pos = start + tl.arange(0, L)
+        mask = run_mask[:, None] & (pos < LENGTH)[None, :]
+        return tl.load(rows + (pos // G)[None, :], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
+def _load_runs(
+    page,
+    run,
+    runs,
+    start,
+    PLANE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    L: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """What positions start .. start + L of runs `run` ([R], of which those below `runs` exist) stand for: [R, L]."""
+    pos = start + tl.arange(0, L)
+    run_mask = run < runs
+    mask = run_mask[:, None] & (pos < LENGTH)[None, :]
+    base = page + PLANE[6]
+    if PLANE[0] == 32:
+        at = base.to(tl.pointer_type(tl.float32)) + run[:, None] * LENGTH + pos[None, :]
+        return tl.load(at, mask=mask, other=0)
+    elif PLANE[0] == 16:
+        at = base.to(tl.pointer_type(HALF)) + run[:, None] * LENGTH + pos[None, :]
+        return tl.load(at, mask=mask, other=0).to(tl.float32)
+    else:
+        codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH).to(tl.float32)
+        scale = _load_groups(page + PLANE[7], run, run_mask, start, PLANE[5], LENGTH, L)
+        zero = _load_groups(page + PLANE[8], run, run_mask, start, PLANE[5], LENGTH, L)
+        return codes * scale + zero
+
+
+@triton.jit
+def _load_keys(
+    page, start, PLANE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr
+):
+    """K of one plane for tokens start .. start + TILE: [width, TILE]."""
+    if PLANE[4]:
+        return _load_runs(page, tl.arange(0, PLANE[2]), PLANE[1], start, PLANE, TOKENS, TILE, HALF)
+    else:
+        token = start + tl.arange(0, TILE)
+        return tl.trans(_load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], HALF))
+
+
+@triton.jit
+def _load_values(
+    page, start, PLANE: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr, HALF: tl.constexpr
+):
+    """V of one plane for tokens start .. start + TILE: [TILE, width]."""
+    if PLANE[4]:
+        return tl.trans(_load_runs(page, tl.arange(0, PLANE[2]), PLANE[1], start, PLANE, TOKENS, TILE, HALF))
+    else:
+        token = start + tl.arange(0, TILE)
+        return _load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], HALF)
+
+
+# ---- softmax
+
+
+@triton.jit
+def _finite(x):
+    """x, with 0 for -inf, so that differences of logits are never inf - inf."""
+    return tl.where(x == float("-inf"), 0.0, x)
+
+
+@triton.jit
+def _softcap(logits, softcap):
+    """softcap * tanh(logits / softcap), tanh(x) = 2 * sigmoid(2x) - 1."""
+    return softcap * (2.0 / (1.0 + tl.exp(-2.0 * logits / softcap)) - 1.0)
+
+
+@triton.jit
+def _online(logits, top, total):
+    """One step of the online softmax: weights [ROWS, TILE], decay [ROWS], new maximum and total."""
+    new_top = tl.maximum(top, tl.max(logits, 1))
+    safe = _finite(new_top)
+    weights = tl.exp(logits - safe[:, None])
+    decay = tl.exp(top - safe)
+    return weights, decay, new_top, total * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def _rows(n, head, n_queries, q_heads, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Rows of this program: (query index, query head, whether it exists); row r is query r // GROUP."""
+    row = n * ROWS + tl.arange(0, ROWS)
+    return row // GROUP, head * GROUP + row % GROUP, row < n_queries * GROUP
+
+
+@triton.jit
+def _store_part(part_out, at, mask, acc, total, first, channels, v_dim, WIDTH: tl.constexpr):
+    """Normalise and store one plane's accumulator as rows `at` of part_out [.., v_dim]."""
+    channel = tl.arange(0, WIDTH)
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+    out = part_out + at[:, None] * v_dim + first + channel[None, :]
+    tl.store(out, acc * share[:, None], mask=mask[:, None] & (channel < channels)[None, :])
+
+
+@triton.jit
+def _store_lse(part_lse, at, mask, top, total):
+    some = total > 0
+    tl.store(part_lse + at, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=mask)
+
+
+# ---- attention
+
+
+@triton.jit
+def attend_pages(
+    q,  # [B, n, Hq, Dk'] in plane order
+    bias,  # [B, n, Hq] float32, contiguous; unread unless BIASED
+    addresses,  # [capacity] int64
+    table,  # [B, max pages] int64
+    sealed,  # [B] int32
+    heads,  # [class heads, 2] int32: KV head, byte offset of its record
+    part_out,  # [splits, B, n, Hq, Dv] float32
+    part_lse,  # [splits, B, n, Hq] float32
+    n_queries,
+    q_heads,
+    v_dim,
+    class_heads,
+    splits,
+    q_row_stride,
+    q_query_stride,
+    q_head_stride,
+    table_stride,
+    scale,
+    softcap,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HALF: tl.constexpr,
+    DOT: tl.constexpr,
+    BIASED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Grid (B * class heads, splits, row tiles): one KV head's query rows over one split of a sequence's pages.
+
+    Each packed byte is read once per KV head, whatever the number of query heads that share it.
+    """
+    sequence = (tl.program_id(0) // class_heads).to(tl.int64)
+    split = tl.program_id(1)
+    entry = heads + 2 * (tl.program_id(0) % class_heads)
+    head = tl.load(entry)
+    offset = tl.load(entry + 1).to(tl.int64)
+    query, q_head, exists = _rows(tl.program_id(2), head, n_queries, q_heads, GROUP, ROWS)
+
+    q_rows = q + sequence * q_row_stride + query.to(tl.int64) * q_query_stride + q_head * q_head_stride
+    queries = ()
+    for p in tl.static_range(len(K)):
+        channel = tl.arange(0, K[p][2])
+        mask = exists[:, None] & (channel < K[p][1])[None, :]
+        x = tl.load(q_rows[:, None] + (K[p][3] + channel)[None, :], mask=mask, other=0).to(tl.float32)
+        queries = queries + ((x * scale).to(DOT),)
+    at = (sequence * n_queries + query) * q_heads + q_head
+    if BIASED:
+        row_bias = tl.load(bias + at, mask=exists, other=0)
+
+    TILES: tl.constexpr = (TOKENS + TILE - 1) // TILE
+    tiles = tl.load(sealed + sequence) // TOKENS * TILES
+    share = tl.cdiv(tiles, splits)
+    acc = ()
+    for p in tl.static_range(len(V)):
+        acc = acc + (tl.zeros([ROWS, V[p][2]], tl.float32),)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for tile in range(split * share, tl.minimum(tiles, (split + 1) * share)):
+        page_id = tl.load(table + sequence * table_stride + tile // TILES)
+        page = (tl.load(addresses + page_id) + offset).to(tl.pointer_type(tl.uint8))
+        page = tl.multiple_of(page, 16)  # records and sections are aligned to 16 bytes
+        start = 0 if TILES == 1 else tile % TILES * TILE
+        logits = tl.zeros([ROWS, TILE], tl.float32)
+        for p in tl.static_range(len(K)):
+            keys = _load_keys(page, start, K[p], TOKENS, TILE, HALF).to(DOT)
+            logits = tl.dot(queries[p], keys, logits, input_precision="ieee")
+        if BIASED:
+            logits += row_bias[:, None]
+        if CAPPED:
+            logits = _softcap(logits, softcap)
+        if TOKENS % TILE != 0:
+            logits = tl.where((start + tl.arange(0, TILE) < TOKENS)[None, :], logits, float("-inf"))
+        weights, decay, top, total = _online(logits, top, total)
+        weights = weights.to(DOT)
+        updated = ()
+        for p in tl.static_range(len(V)):
+            values = _load_values(page, start, V[p], TOKENS, TILE, HALF).to(DOT)
+            updated = updated + (tl.dot(weights, values, acc[p] * decay[:, None], input_precision="ieee"),)
+        acc = updated
+
+    sequences = tl.num_programs(0) // class_heads
+    at += split.to(tl.int64) * sequences * n_queries * q_heads
+    for p in tl.static_range(len(V)):
+        _store_part(part_out, at, exists, acc[p], total, V[p][3], V[p][1], v_dim, V[p][2])
+    _store_lse(part_lse, at, exists, top, total)
+
+
+@triton.jit
+def attend_window(
+    q,  # [B, n, Hq, Dk]
+    k,  # [B, Hkv, slots, Dk]
+    v,  # [B, Hkv, slots, Dv]
+    lengths,  # [B] int32
+    sealed,  # [B] int32
+    part_out,  # [splits, B, n, Hq, Dv] float32
+    part_lse,  # [splits, B, n, Hq] float32
+    n_queries,
+    q_heads,
+    kv_heads,
+    splits,
+    slots,
+    sinks,
+    q_row_stride,
+    q_query_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    k_slot_stride,
+    v_row_stride,
+    v_head_stride,
+    v_slot_stride,
+    scale,
+    softcap,
+    K_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    K_WIDTH: tl.constexpr,
+    V_WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    DOT: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """Grid (B * Hkv, splits, row tiles): one KV head's query rows over one split of the exact window's slots."""
+    sequence = (tl.program_id(0) // kv_heads).to(tl.int64)
+    head = tl.program_id(0) % kv_heads
+    split = tl.program_id(1)
+    query, q_head, exists = _rows(tl.program_id(2), head, n_queries, q_heads, GROUP, ROWS)
+
+    k_channel = tl.arange(0, K_WIDTH)
+    v_channel = tl.arange(0, V_WIDTH)
+    q_rows = q + sequence * q_row_stride + query.to(tl.int64) * q_query_stride + q_head * q_head_stride
+    q_mask = exists[:, None] & (k_channel < K_DIM)[None, :]
+    x = tl.load(q_rows[:, None] + k_channel[None, :], mask=q_mask, other=0).to(tl.float32)
+    queries = (x * scale).to(DOT)
+    k_rows = k + sequence * k_row_stride + head.to(tl.int64) * k_head_stride
+    v_rows = v + sequence * v_row_stride + head.to(tl.int64) * v_head_stride
+
+    length = tl.load(lengths + sequence)
+    oldest = tl.load(sealed + sequence)  # of the ring, counted from the first token that is no sink
+    recent = tl.maximum(length - sinks - oldest, 0)
+    ring = tl.maximum(slots - sinks, 1)
+    tiles = tl.cdiv(slots, TILE)
+    share = tl.cdiv(tiles, splits)
+    acc = tl.zeros([ROWS, V_WIDTH], tl.float32)
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for tile in range(split * share, tl.minimum(tiles, (split + 1) * share)):
+        slot = tile * TILE + tl.arange(0, TILE)
+        age = (slot - sinks + ring - oldest % ring) % ring  # how long after the oldest a ring slot was written
+        filled = tl.where(slot < sinks, slot < length, age < recent) & (slot < slots)
+        k_at = k_rows + slot.to(tl.int64)[:, None] * k_slot_stride + k_channel[None, :]
+        keys = tl.load(k_at, mask=filled[:, None] & (k_channel < K_DIM)[None, :], other=0).to(tl.float32)
+        logits = tl.dot(queries, tl.trans(keys.to(DOT)), input_precision="ieee")
+        if CAPPED:
+            logits = _softcap(logits, softcap)
+        logits = tl.where(filled[None, :], logits, float("-inf"))
+        weights, decay, top, total = _online(logits, top, total)
+        v_at = v_rows + slot.to(tl.int64)[:, None] * v_slot_stride + v_channel[None, :]
+        values = tl.load(v_at, mask=filled[:, None] & (v_channel < V_DIM)[None, :], other=0).to(tl.float32)
+        acc = tl.dot(weights.to(DOT), values.to(DOT), acc * decay[:, None], input_precision="ieee")
+
+    sequences = tl.num_programs(0) // kv_heads
+    at = ((split.to(tl.int64) * sequences + sequence) * n_queries + query) * q_heads + q_head
+    _store_part(part_out, at, exists, acc, total, 0, V_DIM, V_DIM, V_WIDTH)
+    _store_lse(part_lse, at, exists, top, total)
+
+
+@triton.jit
+def merge_parts(part_out, part_lse, out, lse, rows, parts, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
+    """Grid (rows,): out [rows, Dv] and lse [rows] float32 out of part_out [parts, rows, Dv], part_lse [parts, rows]."""
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, V_WIDTH)
+    mask = channel < V_DIM
+    one = tl.arange(0, 1)  # the interpreter takes no scalars in mixed expressions
+    top = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([V_WIDTH], tl.float32)
+    for part in range(parts):
+        at = part * rows.to(tl.int64) + row
+        part_top = tl.load(part_lse + at + one)
+        new_top = tl.maximum(top, part_top)
+        safe = _finite(new_top)
+        decay = tl.exp(top - safe)
+        weight = tl.exp(part_top - safe)
+        x = tl.load(part_out + at * V_DIM + channel, mask=mask & (weight > 0), other=0)
+        acc = acc * decay + x * weight
+        total = total * decay + weight
+        top = new_top
+    some = total > 0
+    tl.store(out + row * V_DIM + channel, acc / tl.where(some, total, 1.0), mask=mask)
+    tl.store(lse + row + one, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")))
+
+
+# ---- sealing
+
+
+@triton.jit
+def _quantise(
+    x_rows, run, run_mask, pos_stride, page, PLANE: tl.constexpr, LENGTH: tl.constexpr, STRIPS: tl.constexpr,
+    SPAN: tl.constexpr, METADATA: tl.constexpr,
+):  # fmt: skip
+    """Codes of runs, in packing order: int32 [R, STRIPS, SPAN], of which LENGTH / STRIPS positions of SPAN exist.
+
+    Element [r, j, i] is position j * LENGTH / STRIPS + i. With METADATA, scales and zeros are stored.
+    """
+    G: tl.constexpr = PLANE[5]
+    GROUPS: tl.constexpr = LENGTH // G
+    LEVELS: tl.constexpr = (1 << PLANE[0]) - 1
+    i = tl.arange(0, SPAN)
+    pos = (tl.arange(0, STRIPS) * (LENGTH // STRIPS))[:, None] + i[None, :]
+    inside = i[None, :] < LENGTH // STRIPS
+    mask = run_mask[:, None, None] & inside[None, :, :]
+    x = tl.load(x_rows[:, None, None] + (pos * pos_stride)[None, :, :], mask=mask, other=0).to(tl.float32)
+    group = tl.where(inside, pos // G, GROUPS)
+    scale = tl.full(x.shape, 1.0, tl.float32)
+    zero = tl.full(x.shape, 0.0, tl.float32)
+    for g in range(GROUPS):
+        here = (group == g)[None, :, :]
+        low = tl.min(tl.min(tl.where(here, x, float("inf")), 2), 1)
+        high = tl.max(tl.max(tl.where(here, x, float("-inf")), 2), 1)
+        g_zero = low.to(tl.float16).to(tl.float32)
+        levels = tl.full(g_zero.shape, LEVELS, tl.float32)
+        g_scale = tl.div_rn(high - g_zero, levels).to(tl.float16).to(tl.float32)
+        g_scale = tl.maximum(g_scale, SCALE_FLOOR)
+        if METADATA:
+            at = run * GROUPS + g
+            scales = (page + PLANE[7]).to(tl.pointer_type(tl.float16))
+            zeros = (page + PLANE[8]).to(tl.pointer_type(tl.float16))
+            tl.store(scales + at, g_scale.to(tl.float16), mask=run_mask)
+            tl.store(zeros + at, g_zero.to(tl.float16), mask=run_mask)
+        scale = tl.where(here, g_scale[:, None, None], scale)
+        zero = tl.where(here, g_zero[:, None, None], zero)
+    steps = tl.minimum(tl.maximum(tl.div_rn(x - zero, scale), 0.0), LEVELS)
+    return ((steps + ROUND) - ROUND).to(tl.int32)
+
+
+@triton.jit
+def _store_packed(rows, run_mask, codes, BYTES: tl.constexpr, BITS: tl.constexpr):
+    """Pack codes [R, STRIPS, SPAN] of BITS bits into BYTES bytes of each of `rows` ([R] pointers)."""
+    STRIPS: tl.constexpr = codes.shape[1]
+    i = tl.arange(0, codes.shape[2])
+    byte = tl.sum(codes << (tl.arange(0, STRIPS) * BITS)[None, :, None], 1)
+    tl.store(rows[:, None] + i[None, :], byte.to(tl.uint8), mask=run_mask[:, None] & (i < BYTES)[None, :])
+
+
+@triton.jit
+def seal_plane(
+    x,  # K or V, from the plane's first channel on
+    pages,  # [N] int64
+    addresses,  # [capacity] int64
+    heads,  # [class heads, 2] int32: KV head, byte offset of its record
+    page_stride,
+    head_stride,
+    run_stride,
+    pos_stride,
+    PLANE: tl.constexpr,
+    RUNS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    SPAN: tl.constexpr,  # LENGTH rounded up to a power of two
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Grid (N, class heads, run tiles): quantise, pack and store BLOCK runs of one plane of one page of one head."""
+    page_id = tl.load(pages + tl.program_id(0))
+    entry = heads + 2 * tl.program_id(1)
+    head = tl.load(entry).to(tl.int64)
+    page = (tl.load(addresses + page_id) + tl.load(entry + 1)).to(tl.pointer_type(tl.uint8))
+    page = tl.multiple_of(page, 16)
+    run = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    run_mask = run < RUNS
+    x_rows = x + tl.program_id(0).to(tl.int64) * page_stride + head * head_stride + run * run_stride
+    BITS: tl.constexpr = PLANE[0]
+    base = page + PLANE[6]
+    if BITS >= 16:
+        pos = tl.arange(0, SPAN)
+        mask = run_mask[:, None] & (pos < LENGTH)[None, :]
+        values = tl.load(x_rows[:, None] + (pos * pos_stride)[None, :], mask=mask, other=0).to(tl.float32)
+        KIND: tl.constexpr = tl.float32 if BITS == 32 else HALF
+        at = base.to(tl.pointer_type(KIND)) + run[:, None] * LENGTH + pos[None, :]
+        tl.store(at, values.to(KIND), mask=mask)
+    elif BITS == 3:
+        rows = base + run * (LENGTH * 3 // 8)
+        low = _quantise(x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, 4, SPAN // 4, True)
+        _store_packed(rows, run_mask, low & 3, LENGTH // 4, 2)
+        high = _quantise(x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, 8, SPAN // 8, False)
+        _store_packed(rows + LENGTH // 4, run_mask, high >> 2, LENGTH // 8, 1)
+    else:
+        STRIPS: tl.constexpr = 8 // BITS
+        rows = base + run * (LENGTH * BITS // 8)
+        codes = _quantise(x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, STRIPS, SPAN // STRIPS, True)
+        _store_packed(rows, run_mask, codes, LENGTH * BITS // 8, BITS)

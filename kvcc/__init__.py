@@ -1,0 +1,30 @@
+"""kvcc: a compiler for KV caches.
+
+calibrate(model, prompts) -> Profile · compile_model(model, profile, recipe) -> Artifact
+load(artifact) -> CompiledModel · check(artifact, gates) -> Verdict
+"""
+
+from importlib import import_module
+from typing import Any
+
+from kvcc._version import __version__
+
+# Imported on first use, so that `import kvcc.runtime` pulls in neither the compiler nor transformers.
+_PUBLIC = {
+    "calibrate": "kvcc.calibrate",
+    "compile_model": "kvcc.compile",
+    "load": "kvcc.runtime",
+    "check": "kvcc.check",
+    "Profile": "kvcc.profile",
+    "Recipe": "kvcc.recipe",
+    "Plan": "kvcc.runtime.plan",
+    "KvccError": "kvcc.errors",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'kvcc' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

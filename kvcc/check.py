@@ -1,0 +1,246 @@
+"""`check`: accuracy of an artifact through its real cache, against the uncompressed model, held to gates."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcc.artifact import update_file
+from kvcc.calibration_data import held_out, load_prompts
+from kvcc.calibration_data.retrieval_tasks import Task, key_value, needle, variable_tracking
+from kvcc.compile import run_passes
+from kvcc.errors import DataError
+from kvcc.frontend import LoadedModel, capture, load_model, reference_logits
+from kvcc.gates import GateResult, Gates, judge
+from kvcc.kernels import backend as kernel_backend
+from kvcc.measure import (
+    GreedyAgreement,
+    RetrievalScore,
+    TextAgreement,
+    greedy_agreement,
+    retrieve,
+    teacher_forced,
+)
+from kvcc.recipe import load_recipe
+from kvcc.report import render_report
+from kvcc.runtime import CompiledModel, load
+from kvcc.runtime.tokenizer import Tokenizer
+
+TASKS: dict[str, Callable[[int, int, int], Task]] = {
+    "needle": needle,
+    "key_value": key_value,
+    "variable_tracking": variable_tracking,
+}
+WORDS_PER_TOKEN = 0.7
+EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
+
+
+@dataclass(frozen=True)
+class CheckSize:
+    """How much is measured."""
+
+    texts: int = 4  # sequences of each kind of text
+    length: int = 1536  # tokens of a text
+    context: int = 1024  # of these, prefilled; the rest is decoded one by one
+    retrieval_lengths: tuple[int, ...] = (1024,)  # tokens of context; empty for no retrieval
+    retrieval_tasks: int = 4  # of each kind, at each length, visible and hidden
+    greedy_prompts: int = 4
+    greedy_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was measured, on what, and whether the gates hold."""
+
+    artifact: str
+    against: str
+    recipe: str
+    seed: int
+    size: CheckSize
+    texts: tuple[TextAgreement, ...]
+    retrieval: tuple[RetrievalScore, ...]
+    greedy: GreedyAgreement | None
+    bytes_per_token: float
+    bits_per_element: float
+    uncompressed_bytes_per_token: int  # fp16
+    gates: tuple[GateResult, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.holds for gate in self.gates)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = asdict(self)
+        for plain, text in zip(data["texts"], self.texts):
+            overall = text.overall
+            plain["overall"] = {**asdict(overall), "ppl_increase_percent": overall.perplexity_increase}
+        for plain, gate in zip(data["gates"], self.gates):
+            plain["holds"] = gate.holds
+        return {**data, "passed": self.passed}
+
+
+def check(
+    artifact: Path,
+    against: str | LoadedModel,
+    *,
+    gates: Gates | None = None,
+    data: Sequence[str] = ("prose",),
+    size: CheckSize | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Verdict:
+    """Measure an artifact against the uncompressed model.
+
+    `data` names kinds of held-out text (prose, code) or prompt files as `kvcc calibrate` takes them.
+    `on_progress(what, done, total)` is called as work goes on. Raises ArtifactError, DataError, UnsupportedModel;
+    a gate that does not hold is not an error here: see `Verdict.passed`.
+    """
+    size = size or CheckSize()
+    report = on_progress or (lambda what, done, total: None)
+    model = load(artifact, backend=backend)
+    loaded = load_model(against, model.identity.dtype) if isinstance(against, str) else against
+    if loaded.identity.digest != model.identity.digest:
+        raise DataError(
+            f"{artifact} was compiled from {model.identity.name} ({model.identity.digest[:19]}), not from "
+            f"{loaded.identity.name} ({loaded.identity.digest[:19]}); give the model it was compiled from"
+        )
+    reference = uncompressed(loaded, model.tokenizer)
+    kinds = {kind: _texts(model, kind, size, seed) for kind in data}
+    texts = tuple(
+        teacher_forced(
+            model,
+            reference,
+            ids,
+            kind=kind,
+            context=size.context,
+            on_step=lambda done, total, kind=kind: report(f"text: {kind}", done, total),
+        )
+        for kind, ids in kinds.items()
+    )
+    greedy = None
+    if size.greedy_prompts:
+        prompts = [ids[: size.context] for ids in next(iter(kinds.values()))[: size.greedy_prompts]]
+        greedy = greedy_agreement(model, reference, prompts, size.greedy_tokens)
+        report("greedy", 1, 1)
+    retrieval = tuple(_retrieval(model, reference, size, seed, report))
+    verdict = Verdict(
+        str(artifact),
+        loaded.identity.name,
+        model.recipe,
+        seed,
+        size,
+        texts,
+        retrieval,
+        greedy,
+        model.plan.bytes_per_token(),
+        model.plan.bits_per_element(sum(p.exact_elements for p in reference.plan.layers if p.page)),
+        reference.plan.uncompressed_bytes(1),
+    )
+    return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
+
+
+def uncompressed(loaded: LoadedModel, tokenizer: Tokenizer | None) -> CompiledModel:
+    """The model through the `exact` recipe, after comparing its logits with transformers' own on a short text.
+
+    Raises DataError when they differ by more than rounding: nothing may be measured against a wrong reference.
+    """
+    compiled = run_passes(capture(loaded), None, load_recipe("exact"))
+    device = torch.device("cpu")
+    model = CompiledModel(
+        loaded.identity, "exact", compiled.plan, compiled.module, {}, tokenizer, kernel_backend("auto", device), device
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, loaded.identity.vocab_size, (1, 32), generator=generator)
+    mask = torch.ones_like(tokens)
+    theirs = reference_logits(loaded, tokens, mask, torch.arange(32)[None])[0].float()
+    ours = model.forward(tokens.tolist(), model.new_cache(1), every=True).float()
+    error = float((ours - theirs).abs().max())
+    if not error <= EXACT_TOLERANCE[loaded.identity.dtype]:
+        raise DataError(f"the captured graph of {loaded.identity.name} is off by {error:.2g} in its logits: a bug in kvcc")
+    return model
+
+
+def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[list[int]]:
+    if model.tokenizer is None:
+        raise DataError(f"{model.identity.name} has no tokenizer, so no text can be measured")
+    if kind in ("prose", "code"):
+        texts = held_out(kind, samples=size.texts, length=size.length, seed=seed)
+    else:
+        prompts = load_prompts(kind, samples=size.texts, length=size.length, seed=seed, render=model.tokenizer.chat)
+        texts = [p.text or "" for p in prompts]
+    ids = [model.tokenizer.encode(text)[: size.length] for text in texts]
+    short = [len(i) for i in ids if len(i) < size.length]
+    if short:
+        raise DataError(f"{kind}: a text has only {short[0]} of {size.length} tokens; use a smaller --length")
+    return ids
+
+
+def _retrieval(
+    model: CompiledModel,
+    reference: CompiledModel,
+    size: CheckSize,
+    seed: int,
+    report: Callable[[str, int, int], None],
+) -> list[RetrievalScore]:
+    scores = []
+    total = len(TASKS) * len(size.retrieval_lengths) * 2 * size.retrieval_tasks
+    done = 0
+    for kind, make in TASKS.items():
+        for tokens in size.retrieval_lengths:
+            tasks = [make(seed, i, int(tokens * WORDS_PER_TOKEN)) for i in range(size.retrieval_tasks)]
+            for visible in (True, False):
+                found = []
+                for task in tasks:
+                    found.append(
+                        [retrieve(m, task, lambda t: _ask(model, t), visible, 16) for m in (model, reference)]
+                    )
+                    done += 1
+                    report("retrieval", done, total)
+                ours, theirs = (100 * sum(column) / len(found) for column in zip(*found))
+                scores.append(RetrievalScore(kind, tokens, visible, len(tasks), ours, theirs))
+    return scores
+
+
+def _ask(model: CompiledModel, task: Task) -> tuple[list[int], list[int]]:
+    """Context and question as token ids; a chat model is asked inside its template."""
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    marker = f"<<{random.Random(task.context).random()}>>"
+    if tokenizer.has_chat_template:
+        text = tokenizer.chat([{"role": "user", "content": f"{task.context}\n\n{marker}{task.question}"}])
+    else:
+        text = f"{task.context}\n\n{marker}{task.question}"
+    context, _, question = text.partition(marker)
+    return tokenizer.encode(context), tokenizer.encode(question)
+
+
+def _measured(verdict: Verdict) -> dict[str, float | None]:
+    """What each gate looks at: the worst over texts and lengths."""
+    overall = [t.overall for t in verdict.texts]
+    drops: dict[str, float | None] = {}
+    for kind in TASKS:
+        mine = [r.drop for r in verdict.retrieval if r.kind == kind]
+        drops[f"{kind}_drop_points"] = max(mine) if mine else None
+    return {
+        "ppl_increase_percent": max(b.perplexity_increase for b in overall),
+        "kl": max(b.kl for b in overall),
+        "top1": min(b.top1 for b in overall),
+        "greedy_agreement": verdict.greedy.same if verdict.greedy else None,
+        "bytes_per_token_max": verdict.bytes_per_token,
+        "cache_error_percent": max(100 * abs(t.cache_bytes / t.formula_bytes - 1) for t in verdict.texts),
+        **drops,
+    }
+
+
+
+
+def store_accuracy(artifact: Path, verdict: Verdict) -> None:
+    """Keep a verdict in the artifact, as accuracy.json and report.html."""
+    update_file(artifact, "accuracy.json", (json.dumps(verdict.as_dict(), indent=2) + "\n").encode())
+    update_file(artifact, "report.html", render_report(artifact, verdict).encode())

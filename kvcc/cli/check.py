@@ -1,0 +1,88 @@
+"""kvcc check: accuracy of an artifact against its model, held to gates."""
+
+from pathlib import Path
+
+import click
+
+from kvcc.cli._console import json_option, out, print_json, progress
+from kvcc.errors import DataError
+
+
+@click.command("check")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--against", required=True, metavar="MODEL", help="The model it was compiled from.")
+@click.option("--data", multiple=True, default=("prose",), show_default=True, help="prose, code, or a prompt file.")
+@click.option("--gates", type=click.Path(path_type=Path), help="YAML file of gates; without it nothing can fail.")
+@click.option("--texts", default=4, show_default=True, type=click.IntRange(min=1), help="Sequences of each kind.")
+@click.option("--length", default=1536, show_default=True, type=click.IntRange(min=2), help="Tokens of a sequence.")
+@click.option("--context", default=1024, show_default=True, type=click.IntRange(min=1), help="Of these, prefilled.")
+@click.option("--retrieval", default="1024", show_default=True, help="Context lengths, comma-separated; 0 for none.")
+@click.option("--retrieval-tasks", default=4, show_default=True, type=click.IntRange(min=1))
+@click.option("--greedy", default=64, show_default=True, type=click.IntRange(min=0), help="Tokens to continue; 0 for none.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"]))
+@click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit XML file.")
+@click.option("--markdown", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file.")
+@click.option("--store", is_flag=True, help="Keep the result in the artifact (accuracy.json and report.html).")
+@json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    artifact: Path,
+    against: str,
+    data: tuple[str, ...],
+    gates: Path | None,
+    texts: int,
+    length: int,
+    context: int,
+    retrieval: str,
+    retrieval_tasks: int,
+    greedy: int,
+    seed: int,
+    backend: str,
+    junit: Path | None,
+    markdown: Path | None,
+    store: bool,
+    as_json: bool,
+) -> None:
+    """Measure ARTIFACT through its real cache. Exits 0 when all gates hold, 1 when one does not, 2 on bad input."""
+    from kvcc import verdict_formats as formats
+    from kvcc.check import CheckSize, check, store_accuracy
+    from kvcc.gates import load_gates
+
+    limits = load_gates(gates) if gates else None
+    size = CheckSize(
+        texts, length, context, _lengths(retrieval), retrieval_tasks, greedy_prompts=texts if greedy else 0, greedy_tokens=greedy
+    )
+    with progress(as_json) as bar:
+        tasks: dict[str, object] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)  # type: ignore[arg-type]
+
+        verdict = check(
+            artifact, against, gates=limits, data=data, size=size, seed=seed, backend=backend, on_progress=on_progress
+        )
+    if store:
+        store_accuracy(artifact, verdict)
+    if junit:
+        junit.write_text(formats.junit(verdict), encoding="utf-8")
+    if markdown:
+        with markdown.open("a", encoding="utf-8") as file:
+            file.write(formats.markdown(verdict))
+    if as_json:
+        print_json(verdict.as_dict())
+    else:
+        for table in formats.tables(verdict):
+            out.print(table)
+    ctx.exit(0 if verdict.passed else 1)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        lengths = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise DataError(f"--retrieval {text!r}: give context lengths such as 1024,2048, or 0") from None
+    return tuple(n for n in lengths if n > 0)

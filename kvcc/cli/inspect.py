@@ -1,0 +1,136 @@
+"""kvcc inspect: what is in an artifact."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from rich.table import Table
+
+from kvcc.cli._console import json_option, out, print_json, size
+from kvcc.errors import ArtifactError
+
+
+@click.command("inspect")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Check the digest of every file.")
+@json_option
+def command(artifact: Path, verify: bool, as_json: bool) -> None:
+    """Print model, recipe, layer table, bytes, accuracy, and which backends can run ARTIFACT here."""
+    from kvcc.runtime.artifact import read_artifact, verify_digests
+
+    if verify and (problems := verify_digests(artifact)):
+        raise ArtifactError(f"{artifact}: {'; '.join(problems)}")
+    found = read_artifact(artifact, verify="sizes", device=torch.device("cpu"))
+    plan, manifest = found.plan, found.manifest
+    facts: dict[str, Any] = {
+        "artifact": str(artifact),
+        "model": manifest.model.model_dump(),
+        "recipe": manifest.recipe,
+        "kvcc_version": manifest.kvcc_version,
+        "digests": "verified" if verify else "not checked",
+        "bytes_per_token": plan.bytes_per_token(),
+        "fp16_bytes_per_token": plan.uncompressed_bytes(1),
+        "bits_per_element": plan.bits_per_element(),
+        "smaller_from_tokens": plan.break_even(),
+        "cache_bytes": {n: [plan.cache_bytes(n), plan.uncompressed_bytes(n)] for n in (4096, 8192)},
+        "layers": [_layer(plan, i) for i in range(len(plan.layers))],
+        "backends": _backends(plan),
+        "accuracy": found.accuracy,
+    }
+    if as_json:
+        print_json(facts)
+        return
+    _show(facts)
+
+
+def _layer(plan: Any, index: int) -> dict[str, Any]:
+    layer = plan.layers[index]
+    if layer.window:
+        stored = f"sliding window of {layer.window} tokens, exact"
+    else:
+        k, v = (sorted({_side(getattr(h, side)) for h in layer.heads}) for side in ("k", "v"))
+        stored = f"K {' / '.join(k)}; V {' / '.join(v)}"
+    return {
+        "layer": index,
+        "kv_heads": layer.kv_heads,
+        "stored": stored,
+        "channels": layer.select,
+        "sinks": layer.sinks,
+        "recent": layer.recent,
+        "page": layer.page,
+        "bytes_per_token": plan.layer_bytes_per_token(index),
+    }
+
+
+def _side(side: Any) -> str:
+    return " + ".join(f"{p.channels} ch x {p.bits} bit" for p in side.planes)
+
+
+def _backends(plan: Any) -> dict[str, str | None]:
+    """Why each backend cannot run this plan here; None where it can."""
+    from kvcc.kernels import backend, usable
+
+    reasons = dict(usable())
+    for name, reason in reasons.items():
+        if reason is None:
+            device = torch.device("cuda" if name == "triton" else "cpu")
+            kernels = backend(name, device)
+            layouts = [layout for layout in plan.layouts() if layout is not None]
+            dtype = getattr(torch, plan.dtype)
+            reasons[name] = next((r for x in layouts if (r := kernels.supports(x, dtype, device))), None)
+    return reasons
+
+
+def _show(facts: dict[str, Any]) -> None:
+    head = Table(show_header=False)
+    model = facts["model"]
+    head.add_row("model", f"{model['name']} ({model['model_type']}, {model['layers']} layers, {model['dtype']})")
+    head.add_row("recipe", f"{facts['recipe']['name']}: {facts['recipe']['summary']}")
+    head.add_row("digests", facts["digests"])
+    ratio = facts["fp16_bytes_per_token"] / facts["bytes_per_token"] if facts["bytes_per_token"] else 1.0
+    head.add_row(
+        "a sealed token",
+        f"{facts['bytes_per_token']:,.0f} bytes, fp16 {facts['fp16_bytes_per_token']:,} ({ratio:.2f}x)",
+    )
+    for tokens, (ours, fp16) in facts["cache_bytes"].items():
+        head.add_row(f"{tokens:,} tokens", f"{size(ours)}, fp16 {size(fp16)} ({fp16 / ours:.2f}x)")
+    even = facts["smaller_from_tokens"]
+    head.add_row("smaller than fp16", f"from {even:,} tokens on" if even is not None else "never")
+    for name, reason in facts["backends"].items():
+        head.add_row(f"{name} kernels", "can run it here" if reason is None else reason)
+    out.print(head)
+    table = Table("layers", "stored in sealed pages", "K channels", "sinks", "recent", "page", "bytes per token")
+    for first, last, layer in _runs(facts["layers"]):
+        span = f"{first}" if first == last else f"{first} to {last}"
+        table.add_row(
+            span,
+            layer["stored"],
+            layer["channels"],
+            str(layer["sinks"]),
+            str(layer["recent"]),
+            str(layer["page"]),
+            f"{layer['bytes_per_token']:,.1f}",
+        )
+    out.print(table)
+    if facts["accuracy"] is None:
+        out.print("accuracy: not measured; run `kvcc check --store`")
+        return
+    for text in facts["accuracy"]["texts"]:
+        overall = text["overall"]
+        out.print(
+            f"accuracy on held-out {text['kind']}: KL {overall['kl']:.5f}, top-1 {overall['top1']:.4f}, "
+            f"perplexity {overall['ppl_increase_percent']:+.2f} %"
+        )
+
+
+def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
+    """Neighbouring layers that are alike: first, last, what they are."""
+    runs: list[tuple[int, int, dict[str, Any]]] = []
+    for layer in layers:
+        alike = runs and {**runs[-1][2], "layer": 0} == {**layer, "layer": 0}
+        if alike:
+            runs[-1] = (runs[-1][0], layer["layer"], runs[-1][2])
+        else:
+            runs.append((layer["layer"], layer["layer"], layer))
+    return runs

@@ -1,0 +1,259 @@
+"""What calibration accumulates for one attention layer: sums over tokens, so that parts add up to the whole.
+
+Every number is taken at the attention node: q and k after RoPE and any QK-norm, v as it is stored. A *body*
+token is a token whose index in its prompt is at least `skip_first`: the first tokens (attention sinks) are
+stored exactly and would distort means and covariances of the rest.
+"""
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kvcc import sketch
+from kvcc.errors import ProfileError
+
+VERSION = 1  # of the meaning of the fields below; profiles of different versions do not merge
+SINKS = 16  # the position class "sinks": the first tokens of a prompt
+RECENT = 64  # the position class "recent": the last tokens up to and including the query
+CLASSES = ("sinks", "middle", "recent")
+PROBES = 16  # last rows, and as many random rows, on which attention is looked at (ZipCache's probe queries)
+THINK_WINDOW = 32  # last queries that ThinK's score looks at
+MAX_TOKENS = 2**31 - 1  # what the sketch's int32 counters hold
+
+_MINIMA, _MAXIMA = ("k_min", "v_min"), ("k_max", "v_max")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One attention layer: heads, sizes and what its logits go through. `window` in tokens; None: full."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Sums for one layer. H KV heads, D key channels, E value channels, B sketch buckets, C position classes.
+
+    Sums are float64, counts int64, sketches int32. Query sums run over body tokens and over the query heads
+    of a group; attention is averaged over the query heads of a group.
+    """
+
+    tokens: Tensor  # [] body tokens
+    prompts: Tensor  # [] prompts in think_sum
+    q_sum: Tensor  # [H, D] Σ q
+    qq_sum: Tensor  # [H, D, D] Σ q qᵀ
+    k_sum: Tensor  # [H, D]
+    kk_sum: Tensor  # [H, D, D]
+    v_sum: Tensor  # [H, E]
+    vv_sum: Tensor  # [H, E, E]
+    k_min: Tensor  # [H, D] over body tokens
+    k_max: Tensor  # [H, D]
+    v_min: Tensor  # [H, E]
+    v_max: Tensor  # [H, E]
+    k_sketch: Tensor  # [H, D, B] body tokens by bucket of their value (kvcc.sketch)
+    v_sketch: Tensor  # [H, E, B]
+    rows: Tensor  # [] probe rows
+    mass_sum: Tensor  # [H, C] Σ over probe rows of the attention that a class receives
+    mass_sq_sum: Tensor  # [H, C] the same, squared
+    uniform_sum: Tensor  # [C] what uniform attention over the visible keys would give
+    saliency_keys: Tensor  # [C] keys in saliency_sum
+    saliency_sum: Tensor  # [H, C] Σ over keys of ZipCache's normalised saliency
+    saliency_sq_sum: Tensor  # [H, C]
+    think_sum: Tensor  # [H, D] Σ over prompts of ThinK's score
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every field by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def layout(shape: LayerShape) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """dtype and shape of every field of LayerStatistics for a layer of this shape."""
+    H, D, E, B, C = shape.kv_heads, shape.head_dim, shape.v_head_dim, sketch.BUCKETS, len(CLASSES)
+    sizes: dict[str, tuple[int, ...]] = {
+        "tokens": (), "prompts": (), "rows": (), "saliency_keys": (C,), "uniform_sum": (C,),
+        "q_sum": (H, D), "k_sum": (H, D), "v_sum": (H, E), "think_sum": (H, D),
+        "qq_sum": (H, D, D), "kk_sum": (H, D, D), "vv_sum": (H, E, E),
+        "k_min": (H, D), "k_max": (H, D), "v_min": (H, E), "v_max": (H, E),
+        "k_sketch": (H, D, B), "v_sketch": (H, E, B),
+        "mass_sum": (H, C), "mass_sq_sum": (H, C), "saliency_sum": (H, C), "saliency_sq_sum": (H, C),
+    }  # fmt: skip
+    counts = {"tokens", "prompts", "rows", "saliency_keys"}
+
+    def dtype(name: str) -> torch.dtype:
+        if name.endswith("sketch"):
+            return torch.int32
+        return torch.int64 if name in counts else torch.float64
+
+    return {field.name: (dtype(field.name), sizes[field.name]) for field in fields(LayerStatistics)}
+
+
+def empty(shape: LayerShape, device: torch.device | str = "cpu") -> LayerStatistics:
+    """Statistics of no token at all: the neutral element of `merged`."""
+    start = dict.fromkeys(_MINIMA, torch.inf) | dict.fromkeys(_MAXIMA, -torch.inf)
+    return LayerStatistics(
+        **{
+            name: torch.full(size, start.get(name, 0), dtype=dtype, device=device)
+            for name, (dtype, size) in layout(shape).items()
+        }
+    )
+
+
+def from_tensors(shape: LayerShape, tensors: Mapping[str, Tensor], where: str) -> LayerStatistics:
+    """Check names, dtypes and shapes of stored fields. Raises ProfileError; `where` names the layer in it."""
+    expected = layout(shape)
+    if expected.keys() != tensors.keys():
+        odd = ", ".join(sorted(expected.keys() ^ tensors.keys()))
+        raise ProfileError(f"{where}: missing or unknown statistics: {odd}")
+    for name, (dtype, size) in expected.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype or tuple(tensor.shape) != size:
+            found = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ProfileError(f"{where}: statistic {name} is {found}, not {dtype} {size}")
+    return LayerStatistics(**tensors)
+
+
+def merged(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
+    """The statistics of the tokens of both. Commutative; associative up to float64 rounding."""
+    pairs = {name: (x, b.tensors()[name]) for name, x in a.tensors().items()}
+    combine = dict.fromkeys(_MINIMA, torch.minimum) | dict.fromkeys(_MAXIMA, torch.maximum)
+    return LayerStatistics(**{name: combine.get(name, torch.add)(x, y) for name, (x, y) in pairs.items()})
+
+
+def add_prompt(
+    statistics: LayerStatistics,
+    shape: LayerShape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    visible: Tensor | None,
+    sinks: Tensor | None,
+    probes: Tensor,
+    skip_first: int,
+) -> None:
+    """Add one prompt of T ≥ 1 tokens, without padding, to `statistics` in place.
+
+    q [Hq, T, D], k [H, T, D], v [H, T, E] of any float dtype; `visible` [T, T] bool, True where a query may
+    attend to a key (None: causal, within the layer's window); `sinks` [Hq] attention-sink logits or None;
+    `probes`: sorted row indices int64. Nothing depends on other prompts, so sums do not depend on how prompts
+    are batched.
+    """
+    queries = q.unflatten(0, (shape.kv_heads, shape.group))  # [H, group, T, D]
+    _add_moments(statistics, queries[:, :, skip_first:], k[:, skip_first:], v[:, skip_first:])
+    _add_think(statistics, queries[:, :, -THINK_WINDOW:], k)
+    attention, seen = _probe_attention(shape, queries, k, visible=visible, sinks=sinks, probes=probes)
+    _add_attention(statistics, attention, seen, probes)
+
+
+def _add_moments(statistics: LayerStatistics, queries: Tensor, k: Tensor, v: Tensor) -> None:
+    """Counts, first and second moments, ranges and sketches of body tokens: queries [H, group, T, D]."""
+    if k.shape[1] == 0:
+        return
+    statistics.tokens.add_(k.shape[1])
+    # float64 before the products: keys of some models have means a hundred times their spread, and a float32
+    # Gram matrix would lose the covariance.
+    exact = {"q": queries.double().flatten(1, 2), "k": k.double(), "v": v.double()}
+    for name, rows in exact.items():
+        getattr(statistics, f"{name}_sum").add_(rows.sum(1))
+        getattr(statistics, f"{name}{name}_sum").baddbmm_(rows.mT, rows)
+    for name, rows in (("k", k), ("v", v)):
+        minimum, maximum = getattr(statistics, f"{name}_min"), getattr(statistics, f"{name}_max")
+        torch.minimum(minimum, rows.amin(1).double(), out=minimum)
+        torch.maximum(maximum, rows.amax(1).double(), out=maximum)
+        sketch.add(getattr(statistics, f"{name}_sketch"), rows)
+
+
+def _add_think(statistics: LayerStatistics, queries: Tensor, k: Tensor) -> None:
+    """ThinK's channel score (arXiv 2407.21018): mean q² over the last queries × mean k² over all keys.
+
+    The mean of q² runs over the query group too, as the score is of a KV head.
+    """
+    score = queries.double().square().mean((1, 2)) * k.double().square().mean(1)
+    statistics.think_sum.add_(score)
+    statistics.prompts.add_(1)
+
+
+def probe_rows(length: int, prompt_id: str) -> list[int]:
+    """Query rows on which attention is looked at: the last ones and random ones, drawn by the prompt's id."""
+    earlier = max(length - PROBES, 0)
+    drawn = random.Random(prompt_id).sample(range(earlier), min(PROBES, earlier))
+    return sorted(drawn) + list(range(earlier, length))
+
+
+def _probe_attention(
+    shape: LayerShape,
+    queries: Tensor,
+    k: Tensor,
+    *,
+    visible: Tensor | None,
+    sinks: Tensor | None,
+    probes: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Attention of the probe rows, mean over the query group: [H, rows, T] float32; and `seen` [rows, T]."""
+    length = k.shape[1]
+    if visible is None:
+        distance = probes[:, None] - torch.arange(length, device=k.device)
+        seen = (distance >= 0) & (distance < (shape.window or length))
+    else:
+        seen = visible[probes]
+    logits = torch.einsum("hgrd,htd->hgrt", queries[:, :, probes].float(), k.float()) * shape.scale
+    if shape.softcap is not None:
+        logits = shape.softcap * torch.tanh(logits / shape.softcap)
+    logits.masked_fill_(~seen, -torch.inf)
+    if sinks is not None:
+        extra = sinks.float().view(shape.kv_heads, shape.group, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, extra], -1)
+    return logits.softmax(-1)[..., :length].mean(1), seen
+
+
+def _add_attention(statistics: LayerStatistics, attention: Tensor, seen: Tensor, probes: Tensor) -> None:
+    """Mass by position class, and ZipCache's saliency (arXiv 2405.14256): Σ over rows ÷ rows that see a key.
+
+    For the mass, "recent" counts back from the row; for the saliency of a key, from the end of the prompt.
+    """
+    attention = attention.double()
+    length = attention.shape[-1]
+    key = torch.arange(length, device=attention.device)
+    by_row = _one_hot(_classes(key, probes[:, None] - key))  # [rows, T, C]
+    mass = torch.einsum("hrt,rtc->hrc", attention, by_row)
+    statistics.rows.add_(len(probes))
+    statistics.mass_sum.add_(mass.sum(1))
+    statistics.mass_sq_sum.add_(mass.square().sum(1))
+    uniform = seen.double() / seen.sum(1, keepdim=True)
+    statistics.uniform_sum.add_(torch.einsum("rt,rtc->c", uniform, by_row))
+
+    looks = seen.sum(0)
+    by_key = _one_hot(_classes(key, length - 1 - key)) * (looks > 0)[:, None]  # [T, C]
+    saliency = attention.sum(1) / looks.clamp(min=1)
+    statistics.saliency_keys.add_(by_key.sum(0).long())
+    statistics.saliency_sum.add_(saliency @ by_key)
+    statistics.saliency_sq_sum.add_(saliency.square() @ by_key)
+
+
+def _classes(key: Tensor, age: Tensor) -> Tensor:
+    """Index into CLASSES of keys at position `key` that lie `age` tokens before the query."""
+    recent = torch.where(age < RECENT, 2, 1)
+    return torch.where(key < SINKS, 0, recent)
+
+
+def _one_hot(classes: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(classes, len(CLASSES)).double()
+
+
+def not_finite(statistics: LayerStatistics) -> Iterable[str]:
+    """Of "q", "k", "v", those whose sums hold infinities or NaN: the model overflowed."""
+    return (name for name in "qkv" if not bool(getattr(statistics, f"{name}{name}_sum").isfinite().all()))

@@ -1,0 +1,24 @@
+"""One file per method. The registry maps a pass's name to its class; a module is imported when its pass is asked for."""
+
+from importlib import import_module
+
+from kvcc.errors import RecipeError
+from kvcc.passes.contract import Compilation, Note, Pass, Windows, start
+
+__all__ = ["REGISTRY", "Compilation", "Note", "Pass", "Windows", "pass_class", "start"]
+
+REGISTRY: dict[str, str] = {  # name -> module:class
+    "fold-values": "kvcc.passes.fold_values:FoldValues",
+    "think": "kvcc.passes.think:Think",
+    "kivi": "kvcc.passes.kivi:Kivi",
+}
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The class of the pass called `name`. Raises RecipeError naming the passes there are."""
+    if name not in REGISTRY:
+        raise RecipeError(f"unknown pass {name!r}; known passes: {', '.join(sorted(REGISTRY))}")
+    module, _, class_name = REGISTRY[name].partition(":")
+    found = getattr(import_module(module), class_name)
+    assert isinstance(found, type) and issubclass(found, Pass)
+    return found

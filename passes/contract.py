@@ -1,0 +1,125 @@
+"""What a pass is: typed parameters, the statistics it needs, where it may stand, and what it does to a compilation."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from kvcc.errors import PassError
+from kvcc.graph import AttentionSpec, Graph, attention_nodes, attention_spec
+from kvcc.kernels.layout import Plane, Side
+from kvcc.profile import Profile
+from kvcc.runtime.plan import HeadPlan, LayerPlan, Plan
+
+
+class Windows(BaseModel):
+    """The exact segments of every layer, and the page size, in tokens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sinks: int = Field(16, ge=0, description="first tokens of a sequence, exact")
+    recent: int = Field(64, ge=0, description="last tokens, exact")
+    page: int = Field(64, ge=8, multiple_of=8, description="tokens sealed together")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a pass did to a layer, or why it did nothing."""
+
+    pass_name: str
+    layer: int
+    fired: bool
+    text: str
+
+
+@dataclass
+class Compilation:
+    """A model on its way through the passes: its graph, its plan, and the tables that go with the plan."""
+
+    graph: Graph
+    profile: Profile | None
+    plan: Plan
+    elements_per_token: int  # cached elements of the uncompressed model's full-attention layers
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[Note] = field(default_factory=list)
+
+    def specs(self) -> list[AttentionSpec]:
+        """The attention layers as the graph has them now, by layer."""
+        return [attention_spec(node) for node in attention_nodes(self.graph.module)]
+
+    def paged(self) -> list[int]:
+        """Layers that have pages; the others use sliding windows and stay as they are."""
+        return [i for i, layer in enumerate(self.plan.layers) if layer.page]
+
+    def update(self, layer: int, **changes: Any) -> None:
+        """Replace fields of one layer's plan. Raises PassError when the result contradicts itself."""
+        try:
+            changed = LayerPlan.model_validate(self.plan.layers[layer].model_copy(update=changes).model_dump())
+        except ValueError as error:
+            raise PassError(f"layer {layer}: {error}") from error
+        layers = (*self.plan.layers[:layer], changed, *self.plan.layers[layer + 1 :])
+        self.plan = self.plan.model_copy(update={"layers": layers})
+
+    def need_profile(self, pass_name: str) -> Profile:
+        """The profile, or PassError when this compilation has none."""
+        if self.profile is None:
+            raise PassError(f"pass {pass_name} needs calibration statistics; give a profile (kvcc calibrate)")
+        return self.profile
+
+
+class Pass(BaseModel, ABC):
+    """A compression method. Its fields are its parameters; its docstring is its documentation.
+
+    `apply` may rewrite `compilation.graph`, the plan and the tables; it adds one Note a layer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    needs_profile: ClassVar[bool] = False
+    after: ClassVar[tuple[str, ...]] = ()  # passes that must come earlier when both are in a recipe
+    once: ClassVar[bool] = True
+
+    @abstractmethod
+    def apply(self, compilation: Compilation) -> None:
+        """Do it. Raises PassError naming layer, reason and remedy."""
+
+    def requires_profile(self) -> bool:
+        """Whether these parameters need calibration statistics."""
+        return self.needs_profile
+
+    def note(self, compilation: Compilation, layer: int, text: str, fired: bool = True) -> None:
+        """Record what this pass did to `layer`, or (fired False) why it did nothing there."""
+        compilation.notes.append(Note(self.name, layer, fired, text))
+
+
+def exact_plan(graph: Graph, windows: Windows) -> Plan:
+    """The plan to start from: every token stored exactly, in pages; sliding-window layers as rings."""
+    layers = []
+    bits = 8 * getattr(torch, graph.model.dtype).itemsize
+    for node in attention_nodes(graph.module):
+        spec = attention_spec(node)
+        shape = {
+            "q_heads": spec.q_heads,
+            "kv_heads": spec.kv_heads,
+            "k_dim": spec.k_dim,
+            "v_dim": spec.v_dim,
+        }
+        if spec.window:
+            layers.append(LayerPlan(**shape, sinks=0, recent=0, page=0, window=spec.window))
+            continue
+        head = HeadPlan(
+            k=Side((Plane(bits, spec.k_dim),), "tokens", windows.page),
+            v=Side((Plane(bits, spec.v_dim),), "channels", spec.v_dim),
+        )
+        layers.append(LayerPlan(**shape, **windows.model_dump(), heads=(head,) * spec.kv_heads))
+    return Plan(dtype=graph.model.dtype, layers=tuple(layers))
+
+
+def start(graph: Graph, profile: Profile | None, windows: Windows) -> Compilation:
+    """A compilation that has seen no pass yet."""
+    plan = exact_plan(graph, windows)
+    return Compilation(graph, profile, plan, sum(p.exact_elements for p in plan.layers if p.page))

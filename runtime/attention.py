@@ -1,0 +1,192 @@
+"""Cached attention: what `kvcc::attention` becomes when a graph is lowered onto a plan.
+
+One function for any number of new tokens per sequence. Sequences are packed one after another along the token
+axis, so a ragged batch has no padding.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcc.kernels.exact import causal_attention
+from kvcc.kernels.reference import merge
+from kvcc.runtime.cache import Cache, LayerCache
+
+REQUEST_QUERIES = 32  # ThinK's observation window: the last prompt queries that choose the channels
+
+
+def cached_attention(
+    cache: Cache,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    *,
+    layer: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    """Attend over the cache and the new tokens, then store the new tokens.
+
+    q: [1, Hq, N, Dk], k: [1, Hkv, N, Dk], v: [1, Hkv, N, Dv], the N new tokens of all sequences in order
+    (`cache.counts` of each); sinks: [Hq] attention-sink logits or None. Returns [1, N, Hq, Dv].
+    """
+    one_each = all(count == 1 for count in cache.counts) and all(cache.lengths)
+    if one_each:
+        out, lse = _decode(cache, layer, q[0], k[0], v[0], scale, softcap)
+    else:
+        out, lse = _extend(cache, layer, q[0], k[0], v[0], scale, window, softcap)
+    if sinks is not None:  # a sink logit takes its share of the softmax and gives nothing
+        out = out * torch.sigmoid(lse - sinks.float())[..., None].to(out.dtype)
+    return out.to(q.dtype)[None]
+
+
+def _decode(
+    cache: Cache, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """One new token for every sequence: write it to its window slot, attend once, seal a page that came full."""
+    layer = cache.layers[index]
+    step = cache.decode_step(layer.plan)
+    layer.window_k[step.rows, :, step.slots] = k.transpose(0, 1)
+    layer.window_v[step.rows, :, step.slots] = v.transpose(0, 1)
+    view = layer.view(slice(None), step.lengths, step.sealed)
+    queries = q.transpose(0, 1)[:, None]  # [B, 1, Hq, D]
+    q_pages, bias = _page_queries(cache, index, slice(None), queries, scale)
+    out, lse = cache.backend.attend(view, queries, q_pages, scale, softcap, bias)
+    for row in step.full:
+        after = cache.lengths[row] + 1
+        slots = _recent_slots(layer, row, after)[: layer.plan.page]
+        _seal(cache, index, row, layer.window_k[row][:, slots], layer.window_v[row][:, slots])
+    return out[:, 0], lse[:, 0]
+
+
+def _extend(
+    cache: Cache, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Any number of new tokens: exact causal attention among them, merged with attention over what is cached."""
+    layer = cache.layers[index]
+    outs, lses, first = [], [], 0
+    for row, count in enumerate(cache.counts):
+        if count == 0:
+            continue
+        new = slice(first, first + count)
+        first += count
+        q_row, k_row, v_row = q[:, new], k[:, new], v[:, new]
+        if layer.plan.window:
+            slots = _recent_slots(layer, row, cache.lengths[row])
+            k_all = torch.cat([layer.window_k[row][:, slots], k_row], dim=1)
+            v_all = torch.cat([layer.window_v[row][:, slots], v_row], dim=1)
+            out, lse = causal_attention(q_row, k_all, v_all, scale, window, softcap)
+        else:
+            out, lse = causal_attention(q_row, k_row, v_row, scale, 0, softcap)
+            if cache.lengths[row]:
+                out, lse = merge([(out, lse), _attend_cached(cache, index, row, q_row, scale, softcap)])
+            elif layer.plan.select == "request":
+                select_channels(layer, row, q_row, k_row)
+        _store(cache, index, row, k_row, v_row)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _attend_cached(
+    cache: Cache, index: int, row: int, q: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """Queries [Hq, n, D] of one sequence over what it has cached: out [n, Hq, Dv], lse [n, Hq]."""
+    layer, length, rows = cache.layers[index], cache.lengths[row], slice(row, row + 1)
+    count = torch.tensor([length], dtype=torch.int32, device=q.device)
+    sealed = torch.tensor([layer.plan.sealed(length)], dtype=torch.int32, device=q.device)
+    queries = q.transpose(0, 1)[None]  # [1, n, Hq, D]
+    q_pages, bias = _page_queries(cache, index, rows, queries, scale)
+    view = layer.view(rows, count, sealed)
+    out, lse = cache.backend.attend(view, queries, q_pages, scale, softcap, bias)
+    return out[0], lse[0]
+
+
+def _store(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
+    """Cache the new tokens k, v [Hkv, n, D] of one sequence: sinks, pages that come full, the recent window."""
+    layer, plan, length = cache.layers[index], cache.layers[index].plan, cache.lengths[row]
+    total = length + k.shape[1]
+    if length < plan.sinks:
+        count = min(plan.sinks - length, k.shape[1])
+        layer.window_k[row][:, length : length + count] = k[:, :count]
+        layer.window_v[row][:, length : length + count] = v[:, :count]
+        k, v = k[:, count:], v[:, count:]
+    old, new = plan.sealed(length), plan.sealed(total)
+    if plan.page and new > old:
+        slots = _recent_slots(layer, row, length)
+        if len(slots):
+            k = torch.cat([layer.window_k[row][:, slots], k], dim=1)
+            v = torch.cat([layer.window_v[row][:, slots], v], dim=1)
+        _seal(cache, index, row, k[:, : new - old], v[:, : new - old])
+        k, v = k[:, new - old :], v[:, new - old :]
+    k, v = k[:, -plan.ring :], v[:, -plan.ring :]
+    tokens = torch.arange(total - k.shape[1], total, device=k.device)
+    slots = plan.sinks + (tokens - plan.sinks) % plan.ring
+    layer.window_k[row][:, slots] = k
+    layer.window_v[row][:, slots] = v
+
+
+def _recent_slots(layer: LayerCache, row: int, length: int) -> Tensor:
+    """Window slots of the recent tokens of a sequence of `length` tokens, before any new sealing, oldest first."""
+    plan = layer.plan
+    held = len(layer.pages[row]) * plan.page if plan.page else plan.sealed(length)
+    tokens = torch.arange(plan.sinks + held, max(length, plan.sinks + held), device=layer.window_k.device)
+    return plan.sinks + (tokens - plan.sinks) % plan.ring
+
+
+def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
+    """Seal k, v [Hkv, pages * page, D], the oldest recent tokens of one sequence."""
+    layer = cache.layers[index]
+    assert layer.layout is not None and layer.pool is not None
+    count = k.shape[1] // layer.plan.page
+    order = _channels(cache, index, slice(row, row + 1))
+    if order is not None:  # [1, Hkv, C]
+        k = k.gather(-1, order[0][:, None].expand(-1, k.shape[1], -1))
+    ids = layer.add_pages(row, count)
+    paged = (x.unflatten(1, (count, layer.plan.page)).transpose(0, 1) for x in (k, v))
+    cache.backend.seal(layer.layout, *paged, layer.pool, ids)
+
+
+def _channels(cache: Cache, index: int, rows: slice) -> Tensor | None:
+    """The K channels that pages store, in plane order: [1 or B, Hkv, k_channels] int64, or None for all as they are."""
+    layer = cache.layers[index]
+    if layer.layout is None or layer.plan.select == "all":
+        return None
+    if layer.plan.select == "request":
+        return None if layer.selected is None else layer.selected[rows]
+    return cache.tables[f"layers.{index}.k_channels"][None, :, : layer.layout.k_channels]
+
+
+def _page_queries(
+    cache: Cache, index: int, rows: slice, q: Tensor, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """Queries q [B, n, Hq, D] as pages want them, and what their logits lack for the pruned channels' mean."""
+    order = _channels(cache, index, rows)
+    if order is None:
+        return q, None
+    group = q.shape[2] // order.shape[1]
+    index_ = order.repeat_interleave(group, dim=1)[:, None].expand(q.shape[0], q.shape[1], -1, -1)
+    bias = None
+    if cache.layers[index].plan.mean_correction:
+        mean = cache.tables[f"layers.{index}.k_mean"].repeat_interleave(group, dim=0)  # [Hq, D], 0 where kept
+        bias = scale * (q.float() * mean).sum(-1)
+    return q.gather(-1, index_), bias
+
+
+def select_channels(layer: LayerCache, row: int, q: Tensor, k: Tensor) -> None:
+    """Choose a sequence's K channels from its own prompt, as ThinK does (arXiv 2407.21018).
+
+    q: [Hq, n, D], k: [Hkv, n, D]. The score of a channel is mean(q²) over the last 32 queries, pooled over the
+    query group, times mean(k²) over all keys; the best `k_channels` of each KV head are stored, in their order.
+    """
+    assert layer.layout is not None
+    kv_heads, kept = k.shape[0], layer.layout.k_channels
+    observed = q[:, -REQUEST_QUERIES:].float().square().unflatten(0, (kv_heads, -1)).mean((1, 2))
+    score = observed * k.float().square().mean(1)  # [Hkv, D]
+    chosen = score.topk(kept, dim=-1).indices.sort(-1).values
+    if layer.selected is None:
+        layer.selected = chosen.new_zeros(len(layer.pages), kv_heads, kept)
+    layer.selected[row] = chosen
+
+

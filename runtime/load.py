@@ -1,0 +1,46 @@
+"""From an artifact folder to a model that runs."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kvcc.errors import CapacityError
+from kvcc.kernels import backend as kernel_backend
+from kvcc.runtime.artifact import module, read_artifact
+from kvcc.runtime.model import CompiledModel
+from kvcc.runtime.tokenizer import Tokenizer
+
+
+def load(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    backend: str = "auto",
+    verify: bool | Literal["sizes"] = True,
+) -> CompiledModel:
+    """A compiled model from an artifact folder.
+
+    Weights are memory-mapped on the CPU. `backend` is auto, reference, cpu or triton. `verify` checks every
+    file's digest (True), or sizes and structure only ("sizes"). Raises ArtifactError for what is malformed, altered
+    or not understood, KernelUnavailable when `backend` cannot run here.
+    """
+    target = torch.device(device)
+    artifact = read_artifact(Path(path), verify=verify, device=target)
+    kernels = kernel_backend(backend, target)
+    folder = Path(path) / "tokenizer"
+    try:
+        graph = module(artifact, target)
+        tables = {name: table.to(target) for name, table in artifact.tables.items()}
+    except torch.OutOfMemoryError as error:
+        raise CapacityError(f"{path} does not fit on {target}: {error}") from error
+    return CompiledModel(
+        artifact.manifest.model,
+        artifact.manifest.recipe_name,
+        artifact.plan,
+        graph,
+        tables,
+        Tokenizer.load(folder) if folder.is_dir() else None,
+        kernels,
+        target,
+    )

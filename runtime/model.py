@@ -1,0 +1,106 @@
+"""A compiled model: the lowered graph, its plan and tables, and the kernels that run it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx
+
+from kvcc.errors import CapacityError, DataError
+from kvcc.kernels.protocol import Backend
+from kvcc.runtime.cache import Cache
+from kvcc.runtime.identity import ModelIdentity
+from kvcc.runtime.plan import Plan
+from kvcc.runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from kvcc.runtime.generate import Generation, Piece, Prompt
+
+
+@dataclass(frozen=True)
+class CompiledModel:
+    """What `load` returns. `tokenizer` is None for an artifact without one."""
+
+    identity: ModelIdentity
+    recipe: str  # its name
+    plan: Plan
+    graph: fx.GraphModule
+    tables: Mapping[str, Tensor]
+    tokenizer: Tokenizer | None
+    backend: Backend
+    device: torch.device
+
+    def new_cache(self, batch: int = 1, budget: int | None = None) -> Cache:
+        """An empty cache for `batch` sequences, of at most `budget` bytes when given."""
+        return Cache(self.plan, self.tables, self.backend, batch, self.device, budget)
+
+    def generate(self, prompts: Sequence["Prompt"], **options: Any) -> "list[Generation]":
+        """One Generation a prompt; options as in `kvcc.runtime.generate.generate`."""
+        from kvcc.runtime.generate import generate
+
+        return generate(self, prompts, **options)
+
+    def stream(self, prompts: Sequence["Prompt"], **options: Any) -> "Iterator[Piece]":
+        """Pieces of text as they come; options as in `kvcc.runtime.generate.stream`."""
+        from kvcc.runtime.generate import stream
+
+        return stream(self, prompts, **options)
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Sequence[Sequence[int]], cache: Cache, *, chunk: int | None = None, every: bool = False
+    ) -> Tensor:
+        """Append `tokens[row]` to each sequence and give logits.
+
+        Any number of new tokens per sequence, also none. Returns the logits of each sequence's last token
+        [B, V] (rows without new tokens are left out), or with `every` of all new tokens, sequence after sequence
+        [N, V]. With `chunk`, at most that many tokens of a sequence go through the model at once: later chunks then
+        attend to pages that earlier ones sealed, so logits differ a little from those of an exact prefill.
+        Raises CapacityError when the context or the memory does not suffice; the cache is then unchanged.
+        """
+        self._check(tokens, cache)
+        longest = max(map(len, tokens), default=0)
+        if not longest:
+            raise DataError("forward needs at least one new token")
+        if chunk is None or longest <= chunk:
+            return self._step(tokens, cache, every)
+        cache.reserve([length + len(t) for length, t in zip(cache.lengths, tokens)])
+        pieces: list[list[Tensor]] = [[] for _ in tokens]
+        for first in range(0, longest, chunk):
+            part = [t[first : first + chunk] for t in tokens]
+            logits = self._step(part, cache, every)
+            counts = [len(p) if every else min(len(p), 1) for p in part]
+            for row, piece in enumerate(logits.split(counts)):
+                if len(piece):
+                    pieces[row] = [*pieces[row], piece] if every else [piece]
+        return torch.cat([piece for row in pieces for piece in row])
+
+    def _step(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool) -> Tensor:
+        counts = [len(t) for t in tokens]
+        cache.begin(counts)
+        flat = torch.tensor([[t for row in tokens for t in row]], device=self.device)
+        starts = [range(length, length + count) for length, count in zip(cache.lengths, counts)]
+        positions = torch.tensor([[p for row in starts for p in row]], device=self.device)
+        if every:
+            rows = torch.arange(flat.shape[1], device=self.device)
+        else:
+            ends = torch.tensor([c for c in counts if c], device=self.device).cumsum(0)
+            rows = ends - 1
+        logits: Tensor = self.graph(flat, positions, rows, cache)
+        cache.commit()
+        return logits[0]
+
+    def _check(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:
+        if len(tokens) != cache.batch:
+            raise DataError(f"{len(tokens)} sequences given to a cache of batch {cache.batch}")
+        for row, (new, length) in enumerate(zip(tokens, cache.lengths)):
+            total = length + len(new)
+            if total > self.identity.context_length:
+                raise CapacityError(
+                    f"sequence {row} would be {total} tokens long; {self.identity.name} has a context of "
+                    f"{self.identity.context_length}; shorten the prompt or generate less"
+                )
+            bad = next((t for t in new if not 0 <= t < self.identity.vocab_size), None)
+            if bad is not None:
+                raise DataError(f"sequence {row}: token {bad} is outside the vocabulary of {self.identity.vocab_size}")

@@ -1,0 +1,191 @@
+"""The Plan: what is stored for each cached token, per layer and KV head. Pure data; every byte count follows from it."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from kvcc.errors import PlanError
+from kvcc.kernels.layout import PageLayout, Plane, Side, page_layout
+from kvcc.runtime.identity import DType
+
+__all__ = ["HeadPlan", "LayerPlan", "Plan", "Plane", "Side", "parse_plan"]
+
+
+class _Data(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class HeadPlan(_Data):
+    """How sealed pages store one KV head."""
+
+    k: Side
+    v: Side
+
+
+class LayerPlan(_Data):
+    """One attention layer's cache: `sinks` exact tokens, sealed pages of `page` tokens, at least `recent` exact ones.
+
+    A layer with sliding-window attention has no pages (page 0) and keeps its last `window` tokens, exact. `select` says where the K channels of a page come from: "all" keeps the model's
+    order; "static" takes table `layers.N.k_channels`; "request" chooses per sequence (ThinK as published).
+    With `mean_correction`, table `layers.N.k_mean` restores the pruned channels' share of body logits.
+    """
+
+    q_heads: PositiveInt
+    kv_heads: PositiveInt
+    k_dim: PositiveInt
+    v_dim: PositiveInt
+    sinks: NonNegativeInt
+    recent: NonNegativeInt
+    page: NonNegativeInt
+    window: NonNegativeInt = 0
+    select: Literal["all", "static", "request"] = "all"
+    mean_correction: bool = False
+    heads: tuple[HeadPlan, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LayerPlan":
+        if self.q_heads % self.kv_heads:
+            raise ValueError(f"{self.kv_heads} KV heads do not divide {self.q_heads} query heads")
+        if bool(self.page) == bool(self.window):
+            raise ValueError("give either a page (tokens) or a sliding window (tokens), and 0 for the other")
+        if self.window and (self.sinks or self.recent):
+            raise ValueError("a sliding-window layer has neither sinks nor a recent window of its own")
+        if self.page and len(self.heads) != self.kv_heads:
+            raise ValueError(f"{len(self.heads)} head plans for {self.kv_heads} KV heads")
+        for head, plan in enumerate(self.heads):
+            if plan.k.channels > self.k_dim or plan.v.channels != self.v_dim:
+                raise ValueError(
+                    f"KV head {head} stores {plan.k.channels} of {self.k_dim} K and {plan.v.channels} of "
+                    f"{self.v_dim} V channels; K may store fewer, V all"
+                )
+            if self.select == "all" and plan.k.channels != self.k_dim:
+                raise ValueError(f"KV head {head} prunes K channels, so `select` must be static or request")
+        return self
+
+    @property
+    def ring(self) -> int:
+        """Window slots after the sinks: room for the recent tokens and the page that fills behind them."""
+        return self.window or (self.recent + self.page)
+
+    @property
+    def slots(self) -> int:
+        """Tokens that the exact segments have room for."""
+        return self.sinks + self.ring
+
+    @property
+    def exact_elements(self) -> int:
+        """Elements of one exact token, K and V, all KV heads."""
+        return self.kv_heads * (self.k_dim + self.v_dim)
+
+    def layout(self, half: torch.dtype) -> PageLayout | None:
+        """The page record, or None for a layer without pages. Raises PlanError when it does not come out even."""
+        if not self.page:
+            return None
+        return page_layout(
+            self.page, tuple(h.k for h in self.heads), tuple(h.v for h in self.heads), half
+        )
+
+    def sealed(self, tokens: int) -> int:
+        """How many of a sequence's first `tokens` tokens are in sealed pages (or forgotten by a sliding window)."""
+        beyond = tokens - self.sinks - self.recent
+        if self.window:
+            return max(0, tokens - self.window)
+        return max(0, beyond // self.page * self.page)
+
+
+class Plan(_Data):
+    """Per-layer plans of a whole model, whose exact segments have type `dtype`."""
+
+    version: Literal[1] = 1
+    dtype: DType
+    layers: tuple[LayerPlan, ...]
+
+    @property
+    def half(self) -> torch.dtype:
+        """The type of width-16 planes."""
+        return torch.bfloat16 if self.dtype == "bfloat16" else torch.float16
+
+    def layouts(self) -> list[PageLayout | None]:
+        """Page layouts by layer. Raises PlanError naming the layer."""
+        layouts = []
+        for index, layer in enumerate(self.layers):
+            try:
+                layouts.append(layer.layout(self.half))
+            except PlanError as error:
+                raise PlanError(f"layer {index}: {error}") from error
+        return layouts
+
+    def bytes_per_token(self) -> float:
+        """Bytes a sealed token takes over all layers, scales, zeros and alignment included; windows are not.
+
+        A sliding-window layer counts 0: it does not grow.
+        """
+        return sum(self.layer_bytes_per_token(i) for i in range(len(self.layers)))
+
+    def layer_bytes_per_token(self, layer: int) -> float:
+        """`bytes_per_token` of one layer."""
+        plan = self.layers[layer]
+        layout = plan.layout(self.half)
+        return layout.nbytes / layout.tokens if layout else 0.0
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Bytes allocated for one sequence of `tokens` tokens, windows and sinks included."""
+        total = 0
+        for plan, layout in zip(self.layers, self.layouts()):
+            total += plan.slots * plan.exact_elements * self._itemsize
+            if layout is not None:
+                total += plan.sealed(tokens) // plan.page * layout.nbytes
+        return total
+
+    def uncompressed_bytes(self, tokens: int, itemsize: int = 2) -> int:
+        """Bytes the same sequence takes in an ordinary cache of `itemsize` bytes per element (2: fp16).
+
+        Sliding-window layers hold at most their window there, too.
+        """
+        return sum(
+            (min(tokens, p.window) if p.window else tokens) * p.exact_elements * itemsize
+            for p in self.layers
+        )
+
+    def bits_per_element(self, elements: int | None = None) -> float:
+        """Bits per cached element of sealed pages, metadata included; `elements` per token when folds narrowed the plan."""
+        paged = [i for i, p in enumerate(self.layers) if not p.window]
+        if not paged:
+            return 0.0
+        count = elements or sum(
+            self.layers[i].exact_elements for i in paged
+        )
+        return 8 * sum(self.layer_bytes_per_token(i) for i in paged) / count
+
+    def break_even(self, itemsize: int = 2, limit: int = 1 << 20) -> int | None:
+        """The least context length from which this cache is smaller than an ordinary one; None if never below `limit`."""
+        step = max((p.page for p in self.layers), default=0) or 1
+        if self.cache_bytes(limit) >= self.uncompressed_bytes(limit, itemsize):
+            return None
+        low, high = 0, limit // step
+        while low < high:  # the saving per page is constant, so the comparison changes sign once
+            middle = (low + high) // 2
+            tokens = middle * step
+            if self.cache_bytes(tokens) < self.uncompressed_bytes(tokens, itemsize):
+                high = middle
+            else:
+                low = middle + 1
+        return low * step
+
+    @property
+    def _itemsize(self) -> int:
+        itemsize: int = getattr(torch, self.dtype).itemsize
+        return itemsize
+
+
+def parse_plan(data: Any) -> Plan:
+    """A Plan from decoded JSON. Raises PlanError with the first thing that is wrong and where."""
+    try:
+        plan = Plan.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise PlanError(f"plan: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+    plan.layouts()
+    return plan

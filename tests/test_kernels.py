@@ -1,0 +1,344 @@
+"""Every kernel backend against the reference, and that against the page format read bit by bit."""
+
+import math
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kvcc.errors import KernelUnavailable
+from kvcc.kernels import build as compiled
+from kvcc.kernels import cpu, reference
+from kvcc.kernels.layout import PageLayout, Section, page_layout
+from kvcc.kernels.pool import PagePool
+from tests.kernel_cases import SPECS, Case, Spec, build, side, tolerance
+
+BACKENDS = ["cpu"]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> ModuleType:
+    """A backend other than the reference, and skipped only where it cannot run at all."""
+    if reason := cpu.available():
+        pytest.skip(reason)
+    return cpu
+
+
+def attend(module: ModuleType, case: Case) -> tuple[Tensor, Tensor]:
+    out, lse = module.attend(case.cached, case.q, case.q_pages, case.scale, case.softcap, case.page_bias)
+    assert out.dtype == lse.dtype == torch.float32
+    return out, lse
+
+
+# ---- the reference against the format's description --------------------------------------------------------
+
+
+def code_at(record: np.ndarray, start: int, bits: int, length: int, i: int) -> int:
+    """Code i of a packed run of `length` codes that starts at byte `start`, by the format's description."""
+    if bits == 3:
+        high = code_at(record, start + length // 4, 1, length, i)
+        return code_at(record, start, 2, length, i) | high << 2
+    strip_bytes = length * bits // 8
+    return int(record[start + i % strip_bytes]) >> bits * (i // strip_bytes) & (1 << bits) - 1
+
+
+def naive_section(layout: PageLayout, s: Section, record: np.ndarray) -> np.ndarray:
+    """What a section of one page stands for: float64 [tokens, channels]."""
+    out = np.zeros((layout.tokens, s.channels))
+    by_channel = s.groups == "tokens"
+    length = layout.tokens if by_channel else s.channels
+    for token in range(layout.tokens):
+        for channel in range(s.channels):
+            run, i = (channel, token) if by_channel else (token, channel)
+            at = run * length + i
+            if s.bits >= 16:
+                width, dtype = (2, layout.half) if s.bits == 16 else (4, torch.float32)
+                raw = record[s.codes + width * at : s.codes + width * (at + 1)].tobytes()
+                out[token, channel] = torch.frombuffer(bytearray(raw), dtype=dtype).item()
+                continue
+            code = code_at(record, s.codes + run * length * s.bits // 8, s.bits, length, i)
+            group = 2 * (at // s.group_size)
+            scale, zero = (record[b + group : b + group + 2].view(np.float16)[0] for b in (s.scales, s.zeros))
+            out[token, channel] = code * float(scale) + float(zero)
+    return out
+
+
+def naive_attend(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Token by token from the definition: the segment it lies in, its logit, a softmax over all. Float64."""
+    spec, cached, layout = case.spec, case.cached, case.layout
+    heads, batch = len(spec.k), len(spec.lengths)
+    out = np.zeros((batch, spec.queries, heads * spec.group, spec.dim))
+    lse = np.full(out.shape[:3], -np.inf)
+    for b, length in enumerate(spec.lengths):
+        sealed = int(cached.sealed[b])
+        for h in range(heads):
+            pages = naive_pages(case, b, h)
+            for n in range(spec.queries):
+                for j in range(h * spec.group, (h + 1) * spec.group):
+                    logits, values = [], []
+                    for t in range(length):
+                        if spec.sinks <= t < spec.sinks + sealed:
+                            if layout is None:
+                                continue
+                            k, v = pages[0][t - spec.sinks], pages[1][t - spec.sinks]
+                            logit = case.scale * float(case.q_pages[b, n, j, : len(k)].double().numpy() @ k)
+                            logit += 0.0 if case.page_bias is None else float(case.page_bias[b, n, j])
+                        else:
+                            slot = t if t < spec.sinks else spec.sinks + (t - spec.sinks) % spec.ring
+                            k, v = (
+                                w[b, h, slot].double().numpy() for w in (cached.window_k, cached.window_v)
+                            )
+                            logit = case.scale * float(case.q[b, n, j].double().numpy() @ k)
+                        logits.append(
+                            case.softcap * math.tanh(logit / case.softcap) if case.softcap else logit
+                        )
+                        values.append(v)
+                    if logits:
+                        weights = np.exp(np.array(logits) - max(logits))
+                        out[b, n, j] = weights @ np.array(values) / weights.sum()
+                        lse[b, n, j] = math.log(weights.sum()) + max(logits)
+    return out, lse
+
+
+def naive_pages(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray]:
+    """All sealed tokens of one sequence and head: K [tokens, stored channels], V [tokens, dim]."""
+    layout, cached = case.layout, case.cached
+    if layout is None or cached.pool is None or not int(cached.sealed[b]):
+        return np.zeros((0, 0)), np.zeros((0, 0))
+    records = cached.pool.read(cached.table[b, : int(cached.sealed[b]) // layout.tokens]).numpy()
+    sides = [
+        np.concatenate([np.concatenate([naive_section(layout, s, r) for s in sections], 1) for r in records])
+        for sections in (layout.k[h], layout.v[h])
+    ]
+    missing = case.spec.dim - sides[1].shape[1]  # pruned V channels are zero
+    return sides[0], np.pad(sides[1], ((0, 0), (0, missing)))
+
+
+NAIVE = [
+    "k2v4-float16", "raw16-bfloat16", "mixed-planes", "odd-mixed", "per-head", "v-by-channel", "k3v3-group8",
+    "k8v8-group32", "k-by-token", "page-24", "bias-softcap-queries5", "sinks0-length96", "sinks16-length111", "queries5",
+    "sliding-sinks4", "sliding-sinks0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.name in NAIVE], ids=str)
+def test_reference_is_what_the_format_says(spec: Spec) -> None:
+    case = build(spec)
+    out, lse = attend(reference, case)
+    expected, expected_lse = naive_attend(case)
+    np.testing.assert_allclose(out.numpy(), expected, atol=2e-5)
+    np.testing.assert_allclose(lse.numpy(), expected_lse, atol=2e-5)
+
+
+def test_naive_cases_exist() -> None:
+    assert set(NAIVE) <= {s.name for s in SPECS}
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_reference_codes_are_nearest(bits: int) -> None:
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(bits))
+    codes, scale, zero = reference.quantize(x, bits, 32)
+    error = (reference.dequantize(codes, scale, zero) - x).abs().unflatten(-1, (-1, 32))
+    assert int(codes.max()) == 2**bits - 1
+    # half a step, and what float16 rounding of the metadata moves the ends of the range by
+    assert torch.all(error <= scale.float()[..., None] * 0.5 + 4e-3)
+
+
+# ---- backends against the reference -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_attend(backend: ModuleType, spec: Spec) -> None:
+    case = build(spec)
+    out, lse = attend(backend, case)
+    expected, expected_lse = attend(reference, case)
+    torch.testing.assert_close(out, expected, atol=tolerance(spec.dtype), rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=tolerance(spec.dtype), rtol=0)
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s.paged], ids=str)
+def test_seal(backend: ModuleType, spec: Spec) -> None:
+    case = build(spec)
+    assert case.layout is not None
+    assert case.cached.pool is not None
+    pool, ids = fresh_pool(case.layout, len(case.ids))
+    backend.seal(case.layout, case.k_pages, case.v_pages, pool, ids)
+    assert torch.equal(pool.read(ids), case.cached.pool.read(case.ids))
+
+
+def fresh_pool(layout: PageLayout, pages: int) -> tuple[PagePool, Tensor]:
+    """A pool full of ones with `pages` pages taken."""
+    pool = PagePool(layout.nbytes, torch.device("cpu"))
+    ids = torch.tensor(pool.take(pages), dtype=torch.int64)
+    for block in pool.blocks:
+        block.fill_(0xFF)
+    return pool, ids
+
+
+SEALED = page_layout(
+    64,
+    (side("tokens", 32, (2, 20), (3, 9), (4, 7), (8, 3), (16, 1)),) * 2,
+    (side("channels", 8, (4, 24), (3, 8), (32, 8)),) * 2,
+)
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda x: x,
+    "zero": lambda x: x * 0 + 0.0,  # which of 0 and -0 is the smaller is nobody's promise
+    "constant": lambda x: x * 0 + 3.14159,
+    "huge": lambda x: x * 1e4,
+    "tiny": lambda x: x * 1e-7,
+    "halves": lambda x: (x * 4).round() / 2 + 0.0,  # many codes exactly between two
+    "outlier": lambda x: torch.where(x > 2.5, x * 3000, x),
+    "bfloat16": lambda x: x.bfloat16(),
+    "float16": lambda x: x.half(),
+    "strided": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)[..., ::2].repeat_interleave(2, -1),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., 3 : 3 + x.shape[-1]],
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+def test_seal_inputs(backend: ModuleType, kind: str) -> None:
+    rng = torch.Generator().manual_seed(7)
+    k, v = (INPUTS[kind](torch.randn(3, 2, 64, 40, generator=rng)) for _ in range(2))
+    expected, ids = fresh_pool(SEALED, 3)
+    reference.seal(SEALED, k, v, expected, ids)
+    pool, ids = fresh_pool(SEALED, 3)
+    backend.seal(SEALED, k, v, pool, ids)
+    assert torch.equal(pool.read(ids), expected.read(ids))
+
+
+def test_seal_leaves_other_pages_alone(backend: ModuleType) -> None:
+    pool, ids = fresh_pool(SEALED, 4)
+    x = torch.randn(2, 2, 64, 40)
+    backend.seal(SEALED, x, x, pool, ids[[2, 0]])
+    assert (pool.read(ids[[1, 3]]) == 0xFF).all()
+
+
+def test_strides_do_not_matter(backend: ModuleType) -> None:
+    case = build(next(s for s in SPECS if s.name == "bias-softcap-bfloat16"))
+    expected = attend(backend, case)
+    cached = case.cached
+    wide = torch.cat([cached.window_k, cached.window_k], -1)[..., : cached.window_k.shape[-1]]
+    tall = cached.window_v.transpose(1, 2).contiguous().transpose(1, 2)
+    spread = type(cached)(**{**vars(cached), "window_k": wide, "window_v": tall})
+    q = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+    q_pages = case.q_pages.repeat_interleave(2, -1)[..., ::2]
+    got = backend.attend(spread, q, q_pages, case.scale, case.softcap, case.page_bias)
+    for mine, its in zip(got, expected):
+        assert torch.equal(mine, its)
+
+
+def test_large_logits(backend: ModuleType) -> None:
+    """Logits far apart from page to page: no overflow, and the largest wins."""
+    case = build(next(s for s in SPECS if s.name == "long"))
+    for scale in (20.0, -20.0):
+        got = backend.attend(case.cached, case.q, case.q_pages, scale)
+        expected = reference.attend(case.cached, case.q, case.q_pages, scale)
+        for mine, its in zip(got, expected):
+            torch.testing.assert_close(mine, its, atol=1e-3, rtol=1e-5)
+
+
+# ---- the cpu backend's own --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCC_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_wider_vectors_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code for 16-lane vectors, which this processor may lack, compiled for those it has."""
+    if reason := cpu.available():
+        pytest.skip(reason)
+    import ctypes
+
+    library = ctypes.CDLL(str(compiled.build(("-DVL=16", "-O1"))))
+    monkeypatch.setattr(compiled, "load", lambda: library)
+    for spec in SPECS[::3]:
+        case = build(spec)
+        for mine, its in zip(attend(cpu, case), attend(reference, case)):
+            torch.testing.assert_close(mine, its, atol=tolerance(spec.dtype), rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_do_not_matter(backend: ModuleType, threads: int) -> None:
+    before = torch.get_num_threads()
+    case = build(next(s for s in SPECS if s.name == "ragged-sinks16"))
+    expected = attend(reference, case)
+    try:
+        torch.set_num_threads(threads)
+        for mine, its in zip(attend(backend, case), expected):
+            torch.testing.assert_close(mine, its, atol=1e-5, rtol=0)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from kvcc import kernels
+
+    compiled.load.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels, "_warned", set())
+    device = torch.device("cpu")
+    try:
+        assert compiled.compiler() is None
+        reason = kernels.usable()["cpu"]
+        assert reason is not None
+        assert "no C compiler" in reason
+        assert kernels.usable()["reference"] is None
+        assert cpu.supports(SEALED, torch.float32, device) == reason
+        with pytest.raises(KernelUnavailable, match="no C compiler"):
+            kernels.backend("cpu", device)
+        assert kernels.backend("auto", device).name == "reference"
+        assert kernels.backend("auto", device).name == "reference"
+        assert len([r for r in caplog.records if "no C compiler" in r.message]) == 1
+    finally:
+        compiled.load.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    broken = f"{tmp_path}/cc"
+    with open(broken, "w") as file:
+        file.write("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'x.c:1: error: no luck' >&2; exit 1\n")
+    import os
+
+    os.chmod(broken, 0o755)
+    monkeypatch.setenv("CC", broken)
+    with pytest.raises(KernelUnavailable, match="no luck"):
+        compiled.build()
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+    if reason := compiled.compiler() is None:
+        pytest.skip(str(reason))
+    file = f"{tmp_path}/file"
+    open(file, "w").close()
+    monkeypatch.setenv("KVCC_CACHE_DIR", f"{file}/cache")
+    with pytest.raises(KernelUnavailable, match="KVCC_CACHE_DIR"):
+        compiled.build()
+
+
+def test_backend_names() -> None:
+    from kvcc import kernels
+
+    with pytest.raises(KernelUnavailable, match="unknown kernel backend 'cuda'"):
+        kernels.backend("cuda", torch.device("cpu"))
+    with pytest.raises(KernelUnavailable, match="cuda devices only"):
+        kernels.backend("triton", torch.device("cpu"))
+    assert set(kernels.usable()) == set(kernels.BACKENDS)
+    assert kernels.backend("reference", torch.device("cpu")).name == "reference"
+
+
+def test_supports_says_why_not() -> None:
+    for dtype, device, word in ((torch.float64, "cpu", "float64"), (torch.float32, "meta", "meta")):
+        reason = cpu.supports(SEALED, dtype, torch.device(device))
+        assert reason is not None
+        assert word in reason
