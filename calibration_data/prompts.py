@@ -91,7 +91,7 @@ def _prompt(content: Content, source: str, index: int, render: Render | None) ->
 
 def _split(data: str) -> list[str]:
     """The parts of `data`: a file's name may contain commas, `mixed` stands for the generated sets."""
-    parts = [data] if Path(data).exists() else [part.strip() for part in data.split(",") if part.strip()]
+    parts = [data] if Path(data).is_file() else [part.strip() for part in data.split(",") if part.strip()]
     expanded = [name for part in parts for name in (_GENERATED if part == "mixed" else (part,))]
     if not expanded:
         raise DataError(f"no data set named; built-in sets: {', '.join(names())}")

@@ -14,8 +14,8 @@ Side = Literal["calibration", "evaluation"]
 
 @cache
 def words(name: str) -> tuple[str, ...]:
-    """One of the plain word lists in `vocabulary/words.txt`."""
-    text = (files(__package__) / "vocabulary" / "words.txt").read_text(encoding="utf-8")
+    """One of the plain word lists in `words/words.txt`."""
+    text = (files(__package__) / "words" / "words.txt").read_text(encoding="utf-8")
     rows = dict(line.split(": ", 1) for line in text.splitlines())
     return tuple(rows[name].split(" | "))
 
@@ -85,7 +85,7 @@ def _domain(block: str) -> Domain:
 @cache
 def domains(side: Side) -> tuple[Domain, ...]:
     """All domains of one side, in file order."""
-    text = (files(__package__) / "vocabulary" / f"{side}.txt").read_text(encoding="utf-8")
+    text = (files(__package__) / "words" / f"{side}.txt").read_text(encoding="utf-8")
     return tuple(_domain(block) for block in ("\n" + text).split("\n# ")[1:])
 
 

@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import logging
-from types import ModuleType
 from typing import cast
 
 import torch
@@ -57,8 +56,11 @@ def _reason(name: str, device: torch.device) -> str | None:
         return "triton is not installed; pip install 'kvcc[triton]'"
     if name == "triton" and not torch.cuda.is_available():
         return "torch finds no GPU"
-    module = _module(name) if name == "cpu" else None
-    return None if module is None else cast("str | None", cast(ModuleType, module).available())
+    if name == "cpu":
+        from kvcc.kernels import cpu  # not at the top: it loads torch's OpenMP and looks for a compiler
+
+        return cpu.available()
+    return None
 
 
 def _module(name: str) -> Backend:

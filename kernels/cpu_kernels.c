@@ -89,6 +89,17 @@ INLINE float scalar_at(int type, const char *base, i64 i) {
     return f;
 }
 
+/* VL bytes as integers. */
+INLINE vi bytes_at(const char *base) {
+#if VL == 8 && defined(__AVX2__)
+    return (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)base));
+#elif VL == 16 && defined(__AVX512F__)
+    return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)base));
+#else
+    return __builtin_convertvector(*(const vb_at *)base, vi);
+#endif
+}
+
 INLINE vf vector_at(int type, const char *base, i64 i) {
     if (type == F32) return *(const vf_at *)(base + 4 * i);
     if (type == BF16) {
@@ -97,18 +108,16 @@ INLINE vf vector_at(int type, const char *base, i64 i) {
     }
 #if VL == 8 && defined(__AVX2__) && defined(__F16C__)
     if (type == F16) return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(base + 2 * i)));
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(base + i))));
 #elif VL == 16 && defined(__AVX512F__)
     if (type == F16) return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(base + 2 * i)));
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(base + i))));
 #else
     if (type == F16) {
         vf f;
         for (int j = 0; j < VL; j++) f[j] = scalar_at(F16, base, i + j);
         return f;
     }
-    return __builtin_convertvector(__builtin_convertvector(*(const vb_at *)(base + i), vi), vf);
 #endif
+    return __builtin_convertvector(bytes_at(base + i), vf);
 }
 
 INLINE vf load(const float *p) { return *(const vf_at *)p; }
@@ -116,14 +125,15 @@ INLINE void store(float *p, vf x) { *(vf_at *)p = x; }
 INLINE vf broadcast(float x) { return x - (vf){0}; }
 
 INLINE vf vmax(vf a, vf b) {
+#if VL == 8 && defined(__AVX2__)
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
     vi m = a > b;
     return (vf)(((vi)a & m) | ((vi)b & ~m));
+#endif
 }
 
-INLINE vf vmin(vf a, vf b) {
-    vi m = a < b;
-    return (vf)(((vi)a & m) | ((vi)b & ~m));
-}
+INLINE vf vmin(vf a, vf b) { return -vmax(-a, -b); }
 
 INLINE float sum(vf x) {
 #if VL == 8 && defined(__AVX2__)
@@ -140,14 +150,20 @@ INLINE float sum(vf x) {
 }
 
 INLINE float largest(vf x) {
+#if VL == 8 && defined(__AVX2__)
+    __m128 y = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
+    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
+#elif VL == 16 && defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)x);
+#endif
     float most = x[0];
     for (int j = 1; j < VL; j++) most = MAX(most, x[j]);
     return most;
 }
 
-/* 2^x to 2 ulp for x <= 127; 0 below -126. A polynomial in the fraction, the integer part added to the exponent. */
+/* 2^x to 2 ulp for x <= 127; 2^-126 where less. A polynomial in the fraction, the integer part in the exponent. */
 INLINE vf exp2v(vf x) {
-    vi small = x < -126.0f;
     x = vmax(x, broadcast(-126.0f));
     vf shifted = x + 12582912.0f; /* 1.5 * 2^23: rounds to an integer, which lies in the low bits */
     vf f = x - (shifted - 12582912.0f);
@@ -158,8 +174,7 @@ INLINE vf exp2v(vf x) {
     p = p * f + 2.4022651e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.0f;
-    vi result = (vi)p + ((vi)shifted << 23);
-    return (vf)(result & ~small);
+    return (vf)((vi)p + ((vi)shifted << 23));
 }
 
 INLINE vf tanhv(vf x) {
@@ -172,69 +187,72 @@ INLINE vf tanhv(vf x) {
 INLINE void nn_tile(const int rows, const int vecs, const int type, const float *a, i64 a_row, i64 a_run,
                     const char *w, i64 ldw, i64 runs, float *out, i64 out_row) {
     vf acc[4][8];
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < vecs; v++) acc[r][v] = (vf){0};
     for (i64 run = 0; run < runs; run++) {
         const char *here = w + run * ldw * size_of(type);
+#pragma GCC unroll 8
         for (int v = 0; v < vecs; v++) {
             vf x = vector_at(type, here, v * VL);
+#pragma GCC unroll 4
             for (int r = 0; r < rows; r++) acc[r][v] += a[r * a_row + run * a_run] * x;
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
+#pragma GCC unroll 8
         for (int v = 0; v < vecs; v++) {
             float *to = out + r * out_row + v * VL;
             store(to, load(to) + acc[r][v]);
         }
 }
 
-INLINE void nn_rows(const int rows, const int type, const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw,
-                    i64 runs, i64 length, float *out, i64 out_row) {
-    const int widest = rows == 1 ? 8 : rows < 4 ? 4 : 2; /* accumulators that fit in 16 registers */
-    i64 x = 0;
-#define NN_TILES(vecs)                                                                                              \
-    for (; x + (vecs) * VL <= length; x += (vecs) * VL)                                                             \
-        nn_tile(rows, vecs, type, a, a_row, a_run, w + x * size_of(type), ldw, runs, out + x, out_row);
-    if (widest >= 8) NN_TILES(8)
-    if (widest >= 4) NN_TILES(4)
-    NN_TILES(2)
-    NN_TILES(1)
-#undef NN_TILES
-    for (; x < length; x++)
-        for (int r = 0; r < rows; r++) {
-            float total = 0;
-            for (i64 run = 0; run < runs; run++)
-                total += a[r * a_row + run * a_run] * scalar_at(type, w, run * ldw + x);
-            out[r * out_row + x] += total;
-        }
-}
-
-INLINE void nn_type(const int type, i64 rows, const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw, i64 runs,
-                    i64 length, float *out, i64 out_row) {
-    while (rows > 0) {
-        i64 take = rows == 4 ? 4 : MIN(rows, 3);
-        if (take == 4)
-            nn_rows(4, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-        else if (take == 3)
-            nn_rows(3, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-        else if (take == 2)
-            nn_rows(2, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-        else
-            nn_rows(1, type, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-        a += take * a_row, out += take * out_row, rows -= take;
+/* Instances are functions of their own, which keeps their accumulators in registers. */
+typedef void NnTile(const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw, i64 runs, float *out, i64 out_row);
+#define NN_TILE(rows, vecs, type)                                                                                   \
+    static __attribute__((noinline)) void nn_##rows##_##vecs##_##type(const float *a, i64 a_row, i64 a_run,         \
+                                                                      const char *w, i64 ldw, i64 runs, float *out, \
+                                                                      i64 out_row) {                                \
+        nn_tile(rows, vecs, type, a, a_row, a_run, w, ldw, runs, out, out_row);                                     \
     }
+#define NN_TILES(type)                                                                                              \
+    NN_TILE(1, 8, type) NN_TILE(1, 4, type) NN_TILE(1, 2, type) NN_TILE(1, 1, type)                                 \
+    NN_TILE(2, 4, type) NN_TILE(2, 2, type) NN_TILE(2, 1, type)                                                     \
+    NN_TILE(3, 4, type) NN_TILE(3, 2, type) NN_TILE(3, 1, type)                                                     \
+    NN_TILE(4, 2, type) NN_TILE(4, 1, type)
+NN_TILES(U8) NN_TILES(F16) NN_TILES(BF16) NN_TILES(F32)
+
+/* By rows - 1 and log2(vecs); NULL where the accumulators would not fit in 16 registers. */
+#define NN_TABLE(type)                                                                                              \
+    {{nn_1_1_##type, nn_1_2_##type, nn_1_4_##type, nn_1_8_##type},                                                  \
+     {nn_2_1_##type, nn_2_2_##type, nn_2_4_##type, NULL},                                                           \
+     {nn_3_1_##type, nn_3_2_##type, nn_3_4_##type, NULL},                                                           \
+     {nn_4_1_##type, nn_4_2_##type, NULL, NULL}}
+static NnTile *const nn_tiles[4][4][4] = {NN_TABLE(U8), NN_TABLE(F16), NN_TABLE(BF16), NN_TABLE(F32)};
+
+static float element_at(int type, const char *w, i64 i) {
+    return type == U8     ? scalar_at(U8, w, i)
+           : type == F16  ? scalar_at(F16, w, i)
+           : type == BF16 ? scalar_at(BF16, w, i)
+                          : scalar_at(F32, w, i);
 }
 
 static void nn(int type, i64 rows, const float *a, i64 a_row, i64 a_run, const char *w, i64 ldw, i64 runs, i64 length,
                float *out, i64 out_row) {
-    if (type == U8)
-        nn_type(U8, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-    else if (type == F16)
-        nn_type(F16, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-    else if (type == BF16)
-        nn_type(BF16, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
-    else
-        nn_type(F32, rows, a, a_row, a_run, w, ldw, runs, length, out, out_row);
+    for (i64 take; rows > 0; a += take * a_row, out += take * out_row, rows -= take) {
+        take = rows == 4 ? 4 : MIN(rows, 3);
+        NnTile *const *tiles = nn_tiles[type][take - 1];
+        i64 x = 0;
+        for (int wide = 3; wide >= 0; wide--)
+            for (i64 n = VL << wide; tiles[wide] && x + n <= length; x += n)
+                tiles[wide](a, a_row, a_run, w + x * size_of(type), ldw, runs, out + x, out_row);
+        for (; x < length; x++)
+            for (i64 r = 0; r < take; r++)
+                for (i64 run = 0; run < runs; run++)
+                    out[r * out_row + x] += a[r * a_row + run * a_run] * element_at(type, w, run * ldw + x);
+    }
 }
 
 INLINE void nt_tile(const int rows, const int runs, const int type, const float *a, i64 a_row, const char *w, i64 ldw,
@@ -285,25 +303,69 @@ static void nt(int type, i64 rows, const float *a, i64 a_row, const char *w, i64
 
 /* ---- packed runs ------------------------------------------------------------------------------------------- */
 
-/* Strip j of a run of width b: codes j*m up to (j+1)*m, from bits b*j of its m bytes. */
-INLINE void unpack_run(const int bits, const i64 length, const uint8_t *src, uint8_t *dst) {
-    const i64 m = length * (bits == 3 ? 2 : bits) / 8;
-    const int width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
-    for (int j = 0; j < 8 / width; j++)
-        for (i64 i = 0; i < m; i++) dst[j * m + i] = (src[i] >> (width * j)) & mask;
-    if (bits == 3) {
-        const i64 n = length / 8;
-        for (int j = 0; j < 8; j++)
-            for (i64 i = 0; i < n; i++) dst[j * n + i] |= ((src[m + i] >> j) & 1) << 2;
+typedef uint64_t words4 __attribute__((vector_size(32), aligned(1), may_alias));
+typedef uint64_t words2 __attribute__((vector_size(16), aligned(1), may_alias));
+typedef uint64_t words1 __attribute__((aligned(1), may_alias));
+
+/* Strip j of a run of width b: codes j*m up to (j+1)*m, from bits b*j of its m bytes. Bytes are shifted many at a
+ * time: what a byte receives from its neighbour lies above the mask. */
+#define UNPACK_STRIPS(words)                                                                                        \
+    for (i64 i = 0; i < m; i += sizeof(words)) {                                                                    \
+        words x = *(const words *)(src + i);                                                                        \
+        for (int j = 0; j < 8 / width; j++) *(words *)(dst + j * m + i) = (x >> (width * j)) & mask;                \
+    }
+
+INLINE void unpack_strips(const int width, const i64 m, const uint8_t *src, uint8_t *dst) {
+    const uint64_t mask = 0x0101010101010101u * ((1 << width) - 1);
+    if (m % 32 == 0) {
+        UNPACK_STRIPS(words4)
+    } else if (m % 16 == 0) {
+        UNPACK_STRIPS(words2)
+    } else if (m % 8 == 0) {
+        UNPACK_STRIPS(words1)
+    } else {
+        for (i64 i = 0; i < m; i++)
+            for (int j = 0; j < 8 / width; j++) dst[j * m + i] = (src[i] >> (width * j)) & (uint8_t)mask;
     }
 }
 
-INLINE void unpack_runs(const int bits, const i64 length, i64 runs, const uint8_t *restrict src,
-                        uint8_t *restrict dst) {
+/* Width 3: codes j*2n up to (j+1)*2n have their low bits in strip j of width 2, and their third bits in strips 2j
+ * and 2j+1 of the n bytes after it. */
+#define UNPACK_THIRDS(words, one)                                                                                   \
+    for (i64 i = 0; i < n; i += sizeof(words))                                                                      \
+        for (int odd = 0; odd < 2; odd++) {                                                                         \
+            words low = *(const words *)(src + odd * n + i), high = *(const words *)(src + 2 * n + i);              \
+            for (int j = 0; j < 4; j++)                                                                             \
+                *(words *)(dst + j * 2 * n + odd * n + i) =                                                         \
+                    ((low >> (2 * j)) & (3 * one)) | (((high >> (2 * j + odd)) & one) << 2);                        \
+        }
+
+INLINE void unpack_run(const int bits, const i64 length, const uint8_t *src, uint8_t *dst) {
+    const uint64_t ones = 0x0101010101010101u;
+    const i64 n = length / 8;
+    if (bits != 3) {
+        unpack_strips(bits, length * bits / 8, src, dst);
+    } else if (n == 8) { /* a page of 64 tokens: both halves of a strip in one vector */
+        words2 low = *(const words2 *)src;
+        uint64_t high = *(const words1 *)(src + 16);
+        words2 both = {high, high >> 1};
+        for (int j = 0; j < 4; j++)
+            *(words2 *)(dst + 16 * j) = ((low >> (2 * j)) & (3 * ones)) | (((both >> (2 * j)) & ones) << 2);
+    } else if (n % 16 == 0) {
+        UNPACK_THIRDS(words2, ones)
+    } else if (n % 8 == 0) {
+        UNPACK_THIRDS(words1, ones)
+    } else {
+        UNPACK_THIRDS(uint8_t, 1)
+    }
+}
+
+INLINE void unpack_runs(const int bits, const i64 length, i64 runs, const uint8_t *src, uint8_t *dst) {
     for (i64 run = 0; run < runs; run++) unpack_run(bits, length, src + run * (length * bits / 8), dst + run * length);
 }
 
-INLINE void unpack_width(const int bits, i64 length, i64 runs, const uint8_t *restrict src, uint8_t *restrict dst) {
+/* The usual lengths as constants: their loops unroll. */
+INLINE void unpack_width(const int bits, i64 length, i64 runs, const uint8_t *src, uint8_t *dst) {
     if (length == 64)
         unpack_runs(bits, 64, runs, src, dst);
     else if (length == 128)
@@ -351,7 +413,8 @@ typedef struct { /* one thread's memory */
     float *logits, *out; /* [rows][ld], [rows][dv] */
     float *most, *total; /* [rows] */
     float *wide; /* one section of one page, dequantised */
-    float *scales, *zeros, *folded; /* metadata of one section; [FUSED_ROWS][metadata] */
+    float *scales, *zeros;  /* metadata of one section */
+    float *folded, *bias;   /* [FUSED_ROWS][metadata] */
     char *codes;
 } Scratch;
 
@@ -361,56 +424,98 @@ static void to_floats(const char *src, i64 n, float *dst) {
     for (; i < n; i++) dst[i] = scalar_at(F16, src, i);
 }
 
-/* folded[i*ng + g] = v[i] * scales[i*ng + g]; bias[g] = sum over i of v[i] * zeros[i*ng + g] */
-INLINE void fold(const i64 ng, i64 runs, const float *restrict v, const float *restrict scales,
-                 const float *restrict zeros, float *restrict folded, float *restrict bias) {
-    if (ng == 1) {
-        vf b = {0};
-        i64 i = 0;
-        for (; i + VL <= runs; i += VL) {
-            vf x = load(v + i);
-            store(folded + i, x * load(scales + i));
-            b += x * load(zeros + i);
-        }
-        bias[0] = sum(b);
-        for (; i < runs; i++) {
-            folded[i] = v[i] * scales[i];
-            bias[0] += v[i] * zeros[i];
-        }
-        return;
-    }
-    for (i64 g = 0; g < ng; g++) bias[g] = 0;
-    for (i64 i = 0; i < runs; i++)
-        for (i64 g = 0; g < ng; g++) {
-            folded[i * ng + g] = v[i] * scales[i * ng + g];
-            bias[g] += v[i] * zeros[i * ng + g];
-        }
+/* Lane l of the k-th vector of x's elements taken ng times each. */
+INLINE vf repeated(const int ng, const int k, vf x) {
+    if (ng == 1) return x;
+#if defined(__GNUC__) && !defined(__clang__)
+    vi from = {0};
+    for (int l = 0; l < VL; l++) from[l] = (k * VL + l) / ng;
+    return __builtin_shuffle(x, from);
+#else
+    vf y = {0};
+    for (int l = 0; l < VL; l++) y[l] = x[(k * VL + l) / ng];
+    return y;
+#endif
 }
 
-/* nn over a quantised section without dequantising it: a [rows <= 4][runs], groups along length, of VL floats or more */
+/* folded[r][i*ng + g] = a[r][i] * scale[i*ng + g]; bias[r][g] = sum over i of a[r][i] * zero[i*ng + g] */
+INLINE void fold(const int rows, const int ng, i64 runs, const float *a, i64 a_row, const char *scales,
+                 const char *zeros, float *folded, i64 folded_row, float *bias) {
+    vf sums[FUSED_ROWS];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) sums[r] = (vf){0};
+    i64 i = 0;
+    for (; i + VL <= runs; i += VL)
+#pragma GCC unroll 4
+        for (int k = 0; k < ng; k++) {
+            i64 at = i * ng + k * VL;
+            vf scale = vector_at(F16, scales, at), zero = vector_at(F16, zeros, at);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                vf x = repeated(ng, k, load(a + r * a_row + i));
+                store(folded + r * folded_row + at, x * scale);
+                sums[r] += x * zero;
+            }
+        }
+    for (int r = 0; r < rows; r++) {
+        for (int g = 0; g < ng; g++) bias[r * ng + g] = 0;
+        if (ng == 1)
+            bias[r] = sum(sums[r]);
+        else
+#pragma GCC unroll 16
+            for (int l = 0; l < VL; l++) bias[r * ng + l % ng] += sums[r][l];
+    }
+    for (; i < runs; i++)
+        for (int r = 0; r < rows; r++)
+            for (int g = 0; g < ng; g++) {
+                folded[r * folded_row + i * ng + g] = a[r * a_row + i] * scalar_at(F16, scales, i * ng + g);
+                bias[r * ng + g] += a[r * a_row + i] * scalar_at(F16, zeros, i * ng + g);
+            }
+}
+
+INLINE void fold_groups(const int rows, i64 ng, i64 runs, const float *a, i64 a_row, const char *scales,
+                        const char *zeros, float *folded, i64 folded_row, float *bias) {
+    if (ng == 1)
+        fold(rows, 1, runs, a, a_row, scales, zeros, folded, folded_row, bias);
+    else if (ng == 2)
+        fold(rows, 2, runs, a, a_row, scales, zeros, folded, folded_row, bias);
+    else if (ng == 4)
+        fold(rows, 4, runs, a, a_row, scales, zeros, folded, folded_row, bias);
+    else /* ng need not divide VL: group by group */
+        for (i64 g = 0; g < ng; g++)
+            for (int r = 0; r < rows; r++) {
+                float total = 0;
+                for (i64 i = 0; i < runs; i++) {
+                    folded[r * folded_row + i * ng + g] = a[r * a_row + i] * scalar_at(F16, scales, i * ng + g);
+                    total += a[r * a_row + i] * scalar_at(F16, zeros, i * ng + g);
+                }
+                bias[r * ng + g] = total;
+            }
+}
+
+/* nn over a quantised section without dequantising it: a [rows <= 4][runs], groups of a multiple of VL along length */
 static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, const float *a, i64 a_row, i64 runs,
                       i64 length, float *out, i64 out_row) {
     i64 ng = length / s->group, meta = runs * ng;
-    float bias[length / VL + 1];
-    to_floats(page + s->scales, meta, t->scales);
-    to_floats(page + s->zeros, meta, t->zeros);
-    const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
-    for (i64 r = 0; r < rows; r++) {
-        float *folded = t->folded + r * meta;
-        if (ng == 1)
-            fold(1, runs, a + r * a_row, t->scales, t->zeros, folded, bias);
-        else if (ng == 2)
-            fold(2, runs, a + r * a_row, t->scales, t->zeros, folded, bias);
-        else
-            fold(ng, runs, a + r * a_row, t->scales, t->zeros, folded, bias);
+    const char *scales = page + s->scales, *zeros = page + s->zeros;
+    float *folded = t->folded, *bias = t->bias;
+    if (rows == 1)
+        fold_groups(1, ng, runs, a, a_row, scales, zeros, folded, meta, bias);
+    else if (rows == 2)
+        fold_groups(2, ng, runs, a, a_row, scales, zeros, folded, meta, bias);
+    else if (rows == 3)
+        fold_groups(3, ng, runs, a, a_row, scales, zeros, folded, meta, bias);
+    else
+        fold_groups(4, ng, runs, a, a_row, scales, zeros, folded, meta, bias);
+    for (i64 r = 0; r < rows; r++)
         for (i64 g = 0; g < ng; g++)
             for (i64 x = g * s->group; x < (g + 1) * s->group; x += VL) {
                 float *to = out + r * out_row + x;
-                store(to, load(to) + bias[g]);
+                store(to, load(to) + bias[r * ng + g]);
             }
-    }
+    const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
     for (i64 g = 0; g < ng; g++)
-        nn(U8, rows, t->folded + g, meta, ng, codes + g * s->group, length, runs, s->group, out + g * s->group, out_row);
+        nn(U8, rows, folded + g, meta, ng, codes + g * s->group, length, runs, s->group, out + g * s->group, out_row);
 }
 
 static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs, i64 length) {
@@ -535,11 +640,7 @@ static void attend_window(const Attend *c, const Unit *u, Scratch *t, i64 first,
     nn(c->window_v.type, u->rows, t->logits, ld, 1, v, c->window_v.stride[2], count, c->dv, t->out, c->dv);
 }
 
-static void prefetch(const char *from, i64 bytes) {
-    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
-
-static void attend_page(const Attend *c, const Unit *u, Scratch *t, const char *page, const char *next, i64 ld) {
+static void attend_page(const Attend *c, const Unit *u, Scratch *t, const char *page, i64 ld) {
     const i64 *index = c->layout.index + 2 * u->head;
     const Section *sections = c->layout.sections;
     memset(t->logits, 0, sizeof(float) * u->rows * ld);
@@ -547,7 +648,6 @@ static void attend_page(const Attend *c, const Unit *u, Scratch *t, const char *
         const Section *first = sections + index[side], *last = sections + index[side + 1];
         if (first == last) continue;
         for (const Section *s = first; s < last; s++) {
-            if (next) prefetch(next + s->codes, s->channels * c->layout.tokens * s->bits / 8);
             if (side == 0)
                 section_product(&c->layout, 0, s, page, t, u->rows, t->q_pages, c->k_channels, t->logits, ld);
             else
@@ -591,10 +691,7 @@ static void attend_unit(const Attend *c, const Unit *u, Scratch *t, float *parts
     memset(t->out, 0, sizeof(float) * u->rows * c->dv);
     if (u->split == 0) attend_recent(c, u, t, ld);
     const i64 *ids = c->table + u->batch * c->table_stride + u->first_page;
-    for (i64 p = 0; p < u->pages; p++) {
-        const char *next = p + 1 < u->pages ? (const char *)c->addresses[ids[p + 1]] : NULL;
-        attend_page(c, u, t, (const char *)c->addresses[ids[p]], next, ld);
-    }
+    for (i64 p = 0; p < u->pages; p++) attend_page(c, u, t, (const char *)c->addresses[ids[p]], ld);
     if (u->splits == 1) {
         write_rows(c, u, t->out, t->most, t->total);
         return;
@@ -657,7 +754,7 @@ static int scratch_make(const Attend *c, Scratch *t, i64 rows, i64 ld) {
                    aligned_floats(rows * c->k_channels), aligned_floats(rows * ld), aligned_floats(rows * c->dv),
                    aligned_floats(rows), aligned_floats(rows), aligned_floats(c->max_section),
                    aligned_floats(c->max_metadata), aligned_floats(c->max_metadata),
-                   aligned_floats(FUSED_ROWS * c->max_metadata)};
+                   aligned_floats(FUSED_ROWS * c->max_metadata), aligned_floats(FUSED_ROWS * c->max_metadata)};
     i64 total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i];
     float *p = aligned_alloc(64, ROUND_UP(total * sizeof(float), 64));
@@ -665,7 +762,7 @@ static int scratch_make(const Attend *c, Scratch *t, i64 rows, i64 ld) {
     float *at[sizeof sizes / sizeof *sizes];
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) at[i] = p, p += sizes[i];
     *t = (Scratch){.codes = (char *)at[0], .q = at[1], .q_pages = at[2], .logits = at[3], .out = at[4], .most = at[5],
-                   .total = at[6], .wide = at[7], .scales = at[8], .zeros = at[9], .folded = at[10]};
+                   .total = at[6], .wide = at[7], .scales = at[8], .zeros = at[9], .folded = at[10], .bias = at[11]};
     return 1;
 }
 

@@ -8,13 +8,15 @@ from kvcc.kernels.layout import PageLayout, Section
 
 
 class PlaneSpec(NamedTuple):
-    """One plane, as compile-time constants of a kernel; offsets in bytes from where the head's record starts."""
+    """One plane, as constants of a kernel; offsets are in bytes from where the head's record starts."""
 
     bits: int
     channels: int
     width: int  # channels rounded up to a power of two, at least 16: what a tile of the plane spans
     first_channel: int
-    by_tokens: int  # 1: a run is a channel and groups span tokens; 0: a run is a token and groups span channels
+    by_tokens: (
+        int  # 1: a run is a channel and groups span tokens; 0: a run is a token and groups span channels
+    )
     group_size: int
     codes: int
     scales: int

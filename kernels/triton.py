@@ -1,7 +1,7 @@
-"""The triton backend: split-K attention over packed pages for GPUs. Importable only where triton is installed.
+"""The triton backend: split-K attention over packed pages, for GPUs. Importable only where triton is.
 
-Computes in float32 except for the operands of matrix products, which are float16 when queries are half precision.
-Runs on CPU tensors too when TRITON_INTERPRET=1 was set before this module was imported (tests only: it is slow).
+Computes in float32 except for operands of matrix products, which are float16 when queries are half precision.
+Runs on CPU tensors when TRITON_INTERPRET=1 was set before triton was imported (for tests: it is slow).
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ PROGRAMS_PER_PROCESSOR = 4  # enough programs in flight to hide the latency of l
 
 @dataclass(frozen=True)
 class Tiling:
-    """Tile sizes of an attention kernel, and its warps; `table` in docs/kernels.md shows what they compile to."""
+    """Tile sizes and warps of an attention kernel; docs/kernels.md has what they compile to."""
 
     rows: int  # query rows, of one KV head
     tokens: int
@@ -38,20 +38,29 @@ class Tiling:
     stages: int = 2
 
 
-def page_tiling(layout_tokens: int, widest: int, rows: int, dot_bytes: int = 2) -> Tiling:
-    """Tiling of `attend_pages` for planes up to `widest` channels and `rows` query rows per KV head.
+def page_tiling(layout_tokens: int, planes: tuple[PlaneSpec, ...], rows: int, dot: tl.dtype) -> Tiling:
+    """Tiling of `attend_pages` for `rows` query rows per KV head and products of type `dot`.
 
-    A K and a V tile of float32 and their products live in registers: at most 64 tokens of 128 channels per four
-    warps. `dot_bytes` is the size of a product's operand.
+    K, V and their products live in registers; these sizes spill on none of the targets. Planes that are not a
+    power of two wide need masks, and those registers.
     """
-    limit = 64 if widest <= 128 and dot_bytes == 2 else 32
-    tokens = min(limit, padded(layout_tokens))
-    return Tiling(min(padded(rows), 32), tokens, 8 if widest > 128 and tokens > 32 else 4)
+    widest = max((plane.width for plane in planes), default=16)
+    tall = min(padded(rows), 32 if widest <= 128 else 16)
+    ragged = any(plane.channels != plane.width for plane in planes)
+    tokens = _tile_elements(dot) // widest // (2 if ragged or tall > 16 else 1)
+    wide = widest > (128 if dot == tl.float16 else 64)
+    return Tiling(tall, min(64, max(16, tokens), padded(layout_tokens)), warps=8 if wide else 4)
 
 
-def window_tiling(widest: int, rows: int, dot_bytes: int = 2) -> Tiling:
-    """Tiling of `attend_window`."""
-    return Tiling(min(padded(rows), 32), 32 if widest <= 128 and dot_bytes == 2 else 16, 4)
+def window_tiling(widest: int, rows: int, dot: tl.dtype) -> Tiling:
+    """Tiling of `attend_window` for heads padded to `widest` channels."""
+    tall = min(padded(rows), 32 if widest <= 128 else 16)
+    return Tiling(tall, min(32, max(16, _tile_elements(dot) // widest)), warps=4)
+
+
+def _tile_elements(dot: tl.dtype) -> int:
+    """Elements of a tile of K or V; float32 products use no matrix instruction and more registers."""
+    return 8192 if dot == tl.float16 else 2048
 
 
 def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -136,12 +145,15 @@ def attend(
     if page_splits and cached.layout is not None:
         bias = None if page_bias is None else page_bias.contiguous()
         for heads in head_classes(cached.layout):
-            _attend_pages(cached, heads, _dense(q_pages), scale, softcap, bias, part_out, part_lse, page_splits)
+            _attend_pages(
+                cached, heads, _dense(q_pages), scale, softcap, bias, part_out, part_lse, page_splits
+            )
     out = torch.empty(batch, n, q_heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, n, q_heads, dtype=torch.float32, device=q.device)
     if lse.numel():
         merge_parts[(lse.numel(),)](
-            part_out, part_lse, out, lse, lse.numel(), len(part_out), V_DIM=v_dim, V_WIDTH=padded(v_dim), num_warps=1
+            part_out, part_lse, out, lse, lse.numel(), len(part_out),
+            V_DIM=v_dim, V_WIDTH=padded(v_dim), num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
@@ -168,8 +180,7 @@ def _attend_pages(
     group = q_heads // layout.kv_heads
     index = _head_index(heads, q.device)
     dot = dot_type(q.dtype)
-    widest = max((p.width for p in heads.k + heads.v), default=0)
-    tiling = page_tiling(layout.tokens, widest, n * group, dot.primitive_bitwidth // 8)
+    tiling = page_tiling(layout.tokens, heads.k + heads.v, n * group, dot)
     attend_pages[(batch * len(index), splits, -(-n * group // tiling.rows))](
         q,
         q if bias is None else bias,
@@ -212,7 +223,7 @@ def _attend_window(
     kv_heads, slots, v_dim = k.shape[1], k.shape[2], v.shape[-1]
     group = q_heads // kv_heads
     dot = dot_type(q.dtype)
-    tiling = window_tiling(max(padded(k_dim), padded(v_dim)), n * group, dot.primitive_bitwidth // 8)
+    tiling = window_tiling(max(padded(k_dim), padded(v_dim)), n * group, dot)
     attend_window[(batch * kv_heads, len(part_out), -(-n * group // tiling.rows))](
         q,
         k,

@@ -1,10 +1,12 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
+# ruff: noqa: PLR0917, RET505, RUF005 - only if/else is resolved at compile time; no star in kernel tuples
 """Triton kernels: seal a plane of pages, attend over pages, attend over the window, merge the parts.
 
-Arguments of a kernel have no Python types; each docstring gives shapes. Everything is computed in float32 after a
-load; only operands of matrix products are rounded, to DOT. A *plane* argument is a `PlaneSpec`, known at compile time.
-Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with a final merge is
-flash-decoding (Dao et al., 2023); the online softmax is Milakov and Gimelshein's, arXiv 1805.02867.
+Arguments of kernels have no Python types; comments give shapes. All is computed in float32 after loads;
+only operands of matrix products are rounded, to DOT. A *plane* argument is a constant `PlaneSpec`, used by
+index: 0 bits, 1 channels, 2 width, 3 first channel, 4 by tokens, 5 group size, 6 codes, 7 scales, 8 zeros.
+Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with merge is
+flash-decoding (Dao et al., 2023); the online softmax is that of Milakov and Gimelshein, arXiv 1805.02867.
 """
 
 import triton
@@ -26,7 +28,7 @@ def _load_bits(rows, pos, mask, BYTES: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
-    """Codes of runs of LENGTH codes each: int32 [R, L]. Width 3 is a 2-bit run and then a run of third bits."""
+    """Codes of runs of LENGTH codes: int32 [R, L]. Width 3 is a 2-bit run and then a run of third bits."""
     rows = base + run[:, None] * (LENGTH * BITS // 8)
     if BITS == 3:
         low = _load_bits(rows, pos, mask, LENGTH // 4, 2)
@@ -39,7 +41,7 @@ def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
 def _load_groups(base, run, run_mask, start, G: tl.constexpr, LENGTH: tl.constexpr, L: tl.constexpr):
     """One float16 per group, spread over the positions start .. start + L: float32 [R, L] or [R, 1].
 
-    Where it can, a group's value is loaded once and broadcast: a load per element would cost as much as its code.
+    Where it can, a group's value is loaded once and broadcast: a load per element costs more than its code.
     """
     GROUPS: tl.constexpr = LENGTH // G
     rows = base.to(tl.pointer_type(tl.float16)) + run[:, None] * GROUPS
@@ -70,7 +72,7 @@ def _load_runs(
     L: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """What positions start .. start + L of runs `run` ([R], of which those below `runs` exist) stand for: [R, L]."""
+    """What positions start .. start + L of runs `run` ([R]; those below `runs` exist) stand for: [R, L]."""
     pos = start + tl.arange(0, L)
     run_mask = run < runs
     mask = run_mask[:, None] & (pos < LENGTH)[None, :]
@@ -138,9 +140,9 @@ def _online(logits, top, total):
 
 
 @triton.jit
-def _rows(n, head, n_queries, q_heads, GROUP: tl.constexpr, ROWS: tl.constexpr):
+def _rows(tile, head, n_queries, GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Rows of this program: (query index, query head, whether it exists); row r is query r // GROUP."""
-    row = n * ROWS + tl.arange(0, ROWS)
+    row = tile * ROWS + tl.arange(0, ROWS)
     return row // GROUP, head * GROUP + row % GROUP, row < n_queries * GROUP
 
 
@@ -156,7 +158,9 @@ def _store_part(part_out, at, mask, acc, total, first, channels, v_dim, WIDTH: t
 @triton.jit
 def _store_lse(part_lse, at, mask, top, total):
     some = total > 0
-    tl.store(part_lse + at, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=mask)
+    tl.store(
+        part_lse + at, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")), mask=mask
+    )
 
 
 # ---- attention
@@ -194,7 +198,7 @@ def attend_pages(
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """Grid (B * class heads, splits, row tiles): one KV head's query rows over one split of a sequence's pages.
+    """Grid (B * class heads, splits, row tiles): one KV head's query rows over a split of a sequence's pages.
 
     Each packed byte is read once per KV head, whatever the number of query heads that share it.
     """
@@ -203,7 +207,7 @@ def attend_pages(
     entry = heads + 2 * (tl.program_id(0) % class_heads)
     head = tl.load(entry)
     offset = tl.load(entry + 1).to(tl.int64)
-    query, q_head, exists = _rows(tl.program_id(2), head, n_queries, q_heads, GROUP, ROWS)
+    query, q_head, exists = _rows(tl.program_id(2), head, n_queries, GROUP, ROWS)
 
     q_rows = q + sequence * q_row_stride + query.to(tl.int64) * q_query_stride + q_head * q_head_stride
     queries = ()
@@ -290,11 +294,11 @@ def attend_window(
     DOT: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
-    """Grid (B * Hkv, splits, row tiles): one KV head's query rows over one split of the exact window's slots."""
+    """Grid (B * Hkv, splits, row tiles): one KV head's query rows over a split of the window's slots."""
     sequence = (tl.program_id(0) // kv_heads).to(tl.int64)
     head = tl.program_id(0) % kv_heads
     split = tl.program_id(1)
-    query, q_head, exists = _rows(tl.program_id(2), head, n_queries, q_heads, GROUP, ROWS)
+    query, q_head, exists = _rows(tl.program_id(2), head, n_queries, GROUP, ROWS)
 
     k_channel = tl.arange(0, K_WIDTH)
     v_channel = tl.arange(0, V_WIDTH)
@@ -316,7 +320,9 @@ def attend_window(
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(split * share, tl.minimum(tiles, (split + 1) * share)):
         slot = tile * TILE + tl.arange(0, TILE)
-        age = (slot - sinks + ring - oldest % ring) % ring  # how long after the oldest a ring slot was written
+        age = (
+            slot - sinks + ring - oldest % ring
+        ) % ring  # how long after the oldest a ring slot was written
         filled = tl.where(slot < sinks, slot < length, age < recent) & (slot < slots)
         k_at = k_rows + slot.to(tl.int64)[:, None] * k_slot_stride + k_channel[None, :]
         keys = tl.load(k_at, mask=filled[:, None] & (k_channel < K_DIM)[None, :], other=0).to(tl.float32)
@@ -337,7 +343,7 @@ def attend_window(
 
 @triton.jit
 def merge_parts(part_out, part_lse, out, lse, rows, parts, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
-    """Grid (rows,): out [rows, Dv] and lse [rows] float32 out of part_out [parts, rows, Dv], part_lse [parts, rows]."""
+    """Grid (rows,): out [rows, Dv], lse [rows] of part_out [parts, rows, Dv], part_lse [parts, rows]."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, V_WIDTH)
     mask = channel < V_DIM
@@ -346,7 +352,7 @@ def merge_parts(part_out, part_lse, out, lse, rows, parts, V_DIM: tl.constexpr, 
     total = tl.zeros([1], tl.float32)
     acc = tl.zeros([V_WIDTH], tl.float32)
     for part in range(parts):
-        at = part * rows.to(tl.int64) + row
+        at = row + part * rows
         part_top = tl.load(part_lse + at + one)
         new_top = tl.maximum(top, part_top)
         safe = _finite(new_top)
@@ -369,7 +375,7 @@ def _quantise(
     x_rows, run, run_mask, pos_stride, page, PLANE: tl.constexpr, LENGTH: tl.constexpr, STRIPS: tl.constexpr,
     SPAN: tl.constexpr, METADATA: tl.constexpr,
 ):  # fmt: skip
-    """Codes of runs, in packing order: int32 [R, STRIPS, SPAN], of which LENGTH / STRIPS positions of SPAN exist.
+    """Codes of runs, in packing order: int32 [R, STRIPS, SPAN]; LENGTH / STRIPS positions of SPAN exist.
 
     Element [r, j, i] is position j * LENGTH / STRIPS + i. With METADATA, scales and zeros are stored.
     """
@@ -430,7 +436,7 @@ def seal_plane(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Grid (N, class heads, run tiles): quantise, pack and store BLOCK runs of one plane of one page of one head."""
+    """Grid (N, class heads, run tiles): quantise, pack and store BLOCK runs of a plane of a page."""
     page_id = tl.load(pages + tl.program_id(0))
     entry = heads + 2 * tl.program_id(1)
     head = tl.load(entry).to(tl.int64)
@@ -457,5 +463,7 @@ def seal_plane(
     else:
         STRIPS: tl.constexpr = 8 // BITS
         rows = base + run * (LENGTH * BITS // 8)
-        codes = _quantise(x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, STRIPS, SPAN // STRIPS, True)
+        codes = _quantise(
+            x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, STRIPS, SPAN // STRIPS, True
+        )
         _store_packed(rows, run_mask, codes, LENGTH * BITS // 8, BITS)

@@ -11,10 +11,10 @@ from kvcc._version import __version__
 
 # Imported on first use, so that `import kvcc.runtime` pulls in neither the compiler nor transformers.
 _PUBLIC = {
-    "calibrate": "kvcc.calibrate",
+    "calibrate": "kvcc.calibration",
     "compile_model": "kvcc.compile",
     "load": "kvcc.runtime",
-    "check": "kvcc.check",
+    "check": "kvcc.checking",
     "Profile": "kvcc.profile",
     "Recipe": "kvcc.recipe",
     "Plan": "kvcc.runtime.plan",

@@ -10,8 +10,30 @@ import torch
 from kvcc._version import __version__
 from kvcc.kernels import usable
 
-PACKAGES = ("torch", "transformers", "triton", "safetensors", "tokenizers", "gguf", "accelerate", "onnx", "datasets")
-FEATURES = ("avx", "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "safetensors",
+    "tokenizers",
+    "gguf",
+    "accelerate",
+    "onnx",
+    "datasets",
+)
+FEATURES = (
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+)
 
 
 def environment() -> dict[str, Any]:

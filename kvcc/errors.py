@@ -50,6 +50,78 @@ class ArtifactError(KvccError):
     code = "KVCC0600"
 
 
+class ArtifactMissing(ArtifactError):
+    """There is no artifact there, or a file that its manifest lists is gone."""
+
+    code = "KVCC0601"
+
+
+class ArtifactVersion(ArtifactError):
+    """The artifact, or its graph, is of a version that this kvcc does not read."""
+
+    code = "KVCC0602"
+
+
+class ArtifactManifest(ArtifactError):
+    """manifest.json, or another small JSON file of the artifact, is not what its schema says."""
+
+    code = "KVCC0603"
+
+
+class ArtifactPath(ArtifactError):
+    """A name leads out of the folder, through a link, to no regular file, or to a file nobody lists."""
+
+    code = "KVCC0604"
+
+
+class ArtifactTruncated(ArtifactError):
+    """A file is shorter or longer than the manifest says."""
+
+    code = "KVCC0605"
+
+
+class ArtifactDigest(ArtifactError):
+    """A file's content is not what the manifest's digest says."""
+
+    code = "KVCC0606"
+
+
+class ArtifactGraph(ArtifactError):
+    """The graph is malformed: structure, references, arguments or shapes."""
+
+    code = "KVCC0607"
+
+
+class ArtifactOperator(ArtifactError):
+    """The graph calls something that is not on the list of operators artifacts may use."""
+
+    code = "KVCC0608"
+
+
+class ArtifactPlan(ArtifactError):
+    """The plan is malformed, or contradicts the model's identity or the graph."""
+
+    code = "KVCC0609"
+
+
+class ArtifactTensor(ArtifactError):
+    """A safetensors file is malformed, or a tensor has another name, dtype or shape than needed."""
+
+    code = "KVCC0610"
+
+
+class ArtifactExists(ArtifactError):
+    """The place to write to is taken."""
+
+    code = "KVCC0611"
+
+
+class ArtifactUnwritable(ArtifactError):
+    """An artifact cannot be written: disk full, no permission, read-only or missing folder."""
+
+    code = "KVCC0612"
+
+
 class KernelUnavailable(KvccError):
     """The requested kernel backend cannot run here; the message says why."""
 

@@ -37,7 +37,8 @@ def drop_pairs(compilation: Compilation, index: int, kept: Tensor) -> int:
     _narrow(module, attention, 0, kept.repeat_interleave(group, 0), index)
     tidy(module)
     heads = tuple(
-        HeadPlan(k=Side((Plane(h.k.planes[0].bits, width),), h.k.groups, h.k.group_size), v=h.v) for h in layer.heads
+        HeadPlan(k=Side((Plane(h.k.planes[0].bits, width),), h.k.groups, h.k.group_size), v=h.v)
+        for h in layer.heads
     )
     compilation.update(index, k_dim=width, heads=heads)
     return width
@@ -70,7 +71,9 @@ def value_projection(compilation: Compilation, index: int) -> Projection:
     module = compilation.graph.module
     found = input_projection(module, attention_nodes(module)[index].args[2])  # type: ignore[arg-type]
     if found is None:
-        raise PassError(f"layer {index}: V is not the plain output of a linear projection, so nothing can be folded")
+        raise PassError(
+            f"layer {index}: V is not the plain output of a linear projection, so nothing can be folded"
+        )
     return found
 
 
@@ -79,7 +82,9 @@ def output_side(compilation: Compilation, index: int) -> Projection:
     module, plan = compilation.graph.module, compilation.plan.layers[index]
     found = output_projection(module, attention_nodes(module)[index], plan.q_heads, plan.v_dim)
     if found is None:
-        raise PassError(f"layer {index}: attention's output does not go straight into a linear, so nothing can be folded")
+        raise PassError(
+            f"layer {index}: attention's output does not go straight into a linear, so nothing can be folded"
+        )
     return found
 
 
@@ -92,7 +97,11 @@ def fold_value_map(
     """
     module = compilation.graph.module
     w = attribute(module, v.weight).double().clone()
-    b = torch.zeros(len(w), dtype=torch.float64) if v.bias is None else attribute(module, v.bias).double().clone()
+    b = (
+        torch.zeros(len(w), dtype=torch.float64)
+        if v.bias is None
+        else attribute(module, v.bias).double().clone()
+    )
     rows = w[v.index]  # [Hkv, D, hidden]
     w[v.index] = basis.transpose(1, 2) @ rows
     b[v.index] = torch.einsum("hd,hde->he", b[v.index] - mean, basis)
@@ -100,13 +109,16 @@ def fold_value_map(
     set_linear(module, v.linear, w, b if has_bias else None)
 
     wo = attribute(module, out.weight).double().clone()
-    bo = torch.zeros(len(wo), dtype=torch.float64) if out.bias is None else attribute(module, out.bias).double().clone()
+    bo = (
+        torch.zeros(len(wo), dtype=torch.float64)
+        if out.bias is None
+        else attribute(module, out.bias).double().clone()
+    )
     group = len(out.index) // len(v.index)
     columns = wo[:, out.index]  # [hidden, Hq, D]
     bo = bo + torch.einsum("ohd,hd->o", columns, mean.repeat_interleave(group, 0))
     wo[:, out.index] = torch.einsum("ohd,hde->ohe", columns, basis.repeat_interleave(group, 0))
     set_linear(module, out.linear, wo, bo if out.bias is not None or bool(mean.any()) else None)
-
 
 
 def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float) -> int:

@@ -4,13 +4,17 @@ The only module of kvcc that imports transformers. What cannot be compiled is re
 reason.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
 import re
 import socket
+import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from kvcc.errors import UnsupportedModel
 from kvcc.graph import Graph, attention_nodes, attention_spec, causal_mask, clean
 from kvcc.runtime.identity import DType, ModelIdentity
+from kvcc.runtime.tokenizer import Tokenizer
 
 _ROPE_WITH_LENGTH = {"dynamic", "longrope"}  # their frequencies change with the sequence's length
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -102,7 +107,7 @@ def _locate(source: str) -> dict[str, Any]:
         )
     if path.is_file():
         raise UnsupportedModel(f"{source}: not a .gguf file; give the folder of a transformers model instead")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
         raise UnsupportedModel(f"{source}: no such folder or file, and not a hub id (OWNER/NAME)")
     return {"pretrained_model_name_or_path": source, "local_files_only": not _hub_reachable()}
 
@@ -185,12 +190,14 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, warnings and log lines."""
+    """Without transformers' progress bars, warnings and log lines (some go to standard error directly)."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:
@@ -339,6 +346,13 @@ def save_tokenizer(loaded: LoadedModel, folder: str | Path) -> None:
         template = template.get("default")
     if template:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+
+
+def runtime_tokenizer(loaded: LoadedModel) -> Tokenizer:
+    """The tokenizer that the artifact will run with. Raises UnsupportedModel for a model without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(loaded, folder)
+        return Tokenizer.load(folder)
 
 
 def _tokenizer_settings(loaded: LoadedModel) -> dict[str, Any]:
@@ -552,13 +566,16 @@ def _evaluate(
 
 
 class _LocalAttention(fx.Interpreter):
-    """Runs a graph with every token attending to itself only."""
+    """Runs a graph with something of each token's own q, k and v in place of attention."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is not torch.ops.kvcc.attention.default:
             return super().call_function(target, args, kwargs)
-        q, _, v = args[:3]
-        return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1).transpose(1, 2).contiguous()
+        q, k, v = args[:3]
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        # Sums over rotated channels depend on the position, which products of q and k of one token would not.
+        gain = 2 + torch.tanh(q.sum(-1, keepdim=True)) + torch.tanh(k.sum(-1, keepdim=True))
+        return (v * gain).transpose(1, 2).contiguous()
 
 
 def _check_tokenwise(module: fx.GraphModule, identity: ModelIdentity) -> None:

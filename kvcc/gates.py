@@ -14,15 +14,27 @@ class Gates(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ppl_increase_percent: float | None = Field(None, description="perplexity on held-out text, at most this much up")
+    ppl_increase_percent: float | None = Field(
+        None, description="perplexity on held-out text, at most this much up"
+    )
     kl: float | None = Field(None, ge=0, description="mean KL(uncompressed || compressed), nats, at most")
     top1: float | None = Field(None, ge=0, le=1, description="agreement of the most likely token, at least")
-    needle_drop_points: float | None = Field(None, description="needle retrieval, at most this many points lost")
+    needle_drop_points: float | None = Field(
+        None, description="needle retrieval, at most this many points lost"
+    )
     key_value_drop_points: float | None = Field(None, description="key-value retrieval, at most points lost")
-    variable_tracking_drop_points: float | None = Field(None, description="variable tracking, at most points lost")
-    greedy_agreement: float | None = Field(None, ge=0, le=1, description="same token in greedy text, at least")
-    bytes_per_token_max: float | None = Field(None, gt=0, description="bytes of a sealed token, all layers, at most")
-    cache_error_percent: float | None = Field(2.0, description="allocated against planned cache bytes, at most apart")
+    variable_tracking_drop_points: float | None = Field(
+        None, description="variable tracking, at most points lost"
+    )
+    greedy_agreement: float | None = Field(
+        None, ge=0, le=1, description="same token in greedy text, at least"
+    )
+    bytes_per_token_max: float | None = Field(
+        None, gt=0, description="bytes of a sealed token, all layers, at most"
+    )
+    cache_error_percent: float | None = Field(
+        2.0, description="allocated against planned cache bytes, at most apart"
+    )
 
 
 AT_LEAST = frozenset({"top1", "greedy_agreement"})

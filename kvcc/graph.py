@@ -87,10 +87,10 @@ def _explicit(  # noqa: PLR0917
 class Graph:
     """A captured model.
 
-    module: called with tokens, positions, mask (1 real, 0 padding), each [B, T] int64, and
-    rows [M] int64 (which places along T get logits); returns logits [B, M, V]. B, T and M are dynamic. Its
-    code is plain: placeholders of those names, one output node. Every node but the output has meta["val"] (its
-    fake value) and, inside the model, meta["nn_module_stack"].
+    module: called with tokens, positions, mask (1 real, 0 padding), each [B, T] int64, and rows [M] int64
+    (which places along T get logits); returns logits [B, M, V]. B, T and M are dynamic. Its code is plain:
+    placeholders of those names, one output node. Every node but the output has meta["val"] (its fake value)
+    and, inside the model, meta["nn_module_stack"].
     """
 
     module: fx.GraphModule
@@ -191,7 +191,8 @@ def _is_identity(node: fx.Node) -> bool:
     if target in (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.type_as.default):
         return _same_kind(node, args[0]) and not _copies(node)
     if target is aten.slice.Tensor:
-        start, end, step = [*args[2:], *[None, None, 1][len(args) - 2 :]]
+        defaults: tuple[Any, ...] = (None, None, 1)
+        start, end, step = args[2:] + defaults[len(args) - 2 :]
         return bool(start in (None, 0) and end in (None, sys.maxsize) and step == 1 and not kwargs)
     if (target, _number(args[1:])) in ((aten.mul.Tensor, 1), (aten.add.Tensor, 0)):
         return _same_kind(node, args[0]) and not kwargs

@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcc.calibration_data.retrieval_tasks import Task, contains_answer
 from kvcc.errors import DataError
 from kvcc.runtime import CompiledModel
+from kvcc.runtime.attention import store
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -52,7 +53,10 @@ class TextAgreement:
             return float(sum(getattr(b, field) * b.tokens for b in self.buckets)) / n
 
         return Bucket(
-            self.buckets[0].first, self.buckets[-1].last, n, *map(mean, ("kl", "top1", "nll", "nll_reference"))
+            self.buckets[0].first,
+            self.buckets[-1].last,
+            n,
+            *map(mean, ("kl", "top1", "nll", "nll_reference")),
         )
 
 
@@ -89,7 +93,12 @@ def teacher_forced(
             on_step(step + 1, length - context)
     edges = [context + round(i * (length - context) / buckets) for i in range(buckets + 1)]
     parts = [
-        Bucket(a, b, (b - a) * len(texts), *(sums[a - context : b - context].sum(0) / ((b - a) * len(texts))).tolist())
+        Bucket(
+            a,
+            b,
+            (b - a) * len(texts),
+            *(sums[a - context : b - context].sum(0) / ((b - a) * len(texts))).tolist(),
+        )
         for a, b in zip(edges, edges[1:])
         if b > a
     ]
@@ -114,7 +123,12 @@ def _compare(logits: Tensor, expected: Tensor, target: Tensor) -> Tensor:
     same = (ours.argmax(-1) == theirs.argmax(-1)).double()
     pick = target[:, None]
     return torch.stack(
-        [kl.double().sum(), same.sum(), -ours.gather(1, pick).double().sum(), -theirs.gather(1, pick).double().sum()]
+        [
+            kl.double().sum(),
+            same.sum(),
+            -ours.gather(1, pick).double().sum(),
+            -theirs.gather(1, pick).double().sum(),
+        ]
     ).cpu()
 
 
@@ -136,7 +150,11 @@ class RetrievalScore:
 
 
 def retrieve(
-    model: CompiledModel, task: Task, ask: Callable[[Task], tuple[list[int], list[int]]], visible: bool, answer_tokens: int
+    model: CompiledModel,
+    task: Task,
+    ask: Callable[[Task], tuple[list[int], list[int]]],
+    visible: bool,
+    answer_tokens: int,
 ) -> bool:
     """Whether the model's greedy answer contains the task's. `ask` gives context and question as token ids.
 
@@ -182,3 +200,19 @@ def greedy_agreement(
     firsts = [row.index(False) if False in row else len(row) for row in same]
     count = sum(map(len, same))
     return GreedyAgreement(len(prompts), tokens, sum(map(sum, same)) / count, sum(firsts) / len(firsts))
+
+
+def filled_cache_bytes(model: CompiledModel, tokens: int) -> int:
+    """Bytes that the real cache allocates for one sequence of `tokens` tokens, filled with random K and V."""
+    cache = model.new_cache(1)
+    generator = torch.Generator().manual_seed(0)
+    cache.begin([tokens])
+    for index, layer in enumerate(cache.layers):
+        plan = layer.plan
+        q, k, v = (
+            torch.randn(1, heads, tokens, dim, generator=generator, dtype=layer.window_k.dtype)
+            for heads, dim in ((plan.q_heads, plan.k_dim), (plan.kv_heads, plan.k_dim), (plan.kv_heads, plan.v_dim))
+        )
+        store(cache, index, 0, q[0], k[0], v[0])
+    cache.commit()
+    return cache.nbytes

@@ -59,7 +59,9 @@ def load_recipe(source: str) -> Recipe:
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"recipe {source} cannot be read: {error}") from error
     else:
-        raise RecipeError(f"no recipe {source!r}; shipped recipes: {', '.join(shipped())}; or give a .yaml file")
+        raise RecipeError(
+            f"no recipe {source!r}; shipped recipes: {', '.join(shipped())}; or give a .yaml file"
+        )
     return parse_recipe(text, origin)
 
 
@@ -74,23 +76,27 @@ def parse_recipe(text: str, origin: str) -> Recipe:
     fields = _mapping(root, origin, "a recipe")
     for key, (node, _) in fields.items():
         if key not in ("name", "summary", "windows", "passes"):
-            raise RecipeError(f"{origin}:{_line(node)}: unknown field {key!r}; use name, summary, windows, passes")
+            raise RecipeError(
+                f"{origin}:{_line(node)}: unknown field {key!r}; use name, summary, windows, passes"
+            )
     if "passes" not in fields:
         raise RecipeError(f"{origin}:1: a recipe needs `passes`, a list (it may be empty)")
     windows = Windows()
     if "windows" in fields:
         node, value = fields["windows"]
-        windows = _validated(Windows, _plain(value), origin, _line(node), "windows")
+        windows = _validated(Windows, _plain(value, origin), origin, _line(node), "windows")
     passes, lines = _passes(fields["passes"][1], origin)
     _check_order(passes, lines, origin)
-    name = str(_plain(fields["name"][1])) if "name" in fields else Path(origin).stem
-    summary = str(_plain(fields["summary"][1])) if "summary" in fields else ""
+    name = str(_plain(fields["name"][1], origin)) if "name" in fields else Path(origin).stem
+    summary = str(_plain(fields["summary"][1], origin)) if "summary" in fields else ""
     return Recipe(name, summary, windows, tuple(passes), tuple(lines))
 
 
 def _passes(node: yaml.Node, origin: str) -> tuple[list[Pass], list[int]]:
     if not isinstance(node, yaml.SequenceNode):
-        raise RecipeError(f"{origin}:{_line(node)}: `passes` must be a list, each entry `name: {{parameters}}`")
+        raise RecipeError(
+            f"{origin}:{_line(node)}: `passes` must be a list, each entry `name: {{parameters}}`"
+        )
     passes, lines = [], []
     for entry in node.value:
         line = _line(entry)
@@ -99,9 +105,11 @@ def _passes(node: yaml.Node, origin: str) -> tuple[list[Pass], list[int]]:
         else:
             fields = _mapping(entry, origin, "a pass")
             if len(fields) != 1:
-                raise RecipeError(f"{origin}:{line}: a pass is one `name: {{parameters}}`, found {', '.join(fields)}")
+                raise RecipeError(
+                    f"{origin}:{line}: a pass is one `name: {{parameters}}`, found {', '.join(fields)}"
+                )
             name, (_, value) = next(iter(fields.items()))
-            parameters = _plain(value) or {}
+            parameters = _plain(value, origin) or {}
         try:
             found = pass_class(name)
         except RecipeError as error:
@@ -137,8 +145,11 @@ def _mapping(node: yaml.Node | None, origin: str, what: str) -> dict[str, tuple[
     return {str(key.value): (key, value) for key, value in node.value}
 
 
-def _plain(node: yaml.Node) -> Any:
-    return yaml.safe_load(yaml.serialize(node))
+def _plain(node: yaml.Node, origin: str) -> Any:
+    try:
+        return yaml.safe_load(yaml.serialize(node))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin}:{_line(node)}: not plain data: {getattr(error, 'problem', error)}") from error
 
 
 def _line(node: yaml.Node) -> int:

@@ -22,6 +22,8 @@ class Rope:
 
 def match_rope(node: Any) -> Rope | None:
     """The rotation that gives `node`, when it covers all channels in the half-split layout; else None."""
+    if _is(node, aten.cat.default) and len(node.args[0]) == 2 and not node.args[0][1].meta["val"].shape[-1]:
+        node = node.args[0][0]  # phi3 appends the channels it does not rotate: none
     if not _is(node, aten.add.Tensor) or not all(_is(arg, aten.mul.Tensor) for arg in node.args[:2]):
         return None
     (value, cos), (rotated, sin) = node.args[0].args, node.args[1].args
@@ -47,7 +49,9 @@ def _is_half(node: Any, value: fx.Node, half: int, upper: bool) -> bool:
     return start == half if upper else start in (0, None) and end == half
 
 
-def narrow_rope(module: fx.GraphModule, rope: Rope, value: fx.Node, pairs: Tensor, before: fx.Node) -> fx.Node:
+def narrow_rope(
+    module: fx.GraphModule, rope: Rope, value: fx.Node, pairs: Tensor, before: fx.Node
+) -> fx.Node:
     """Rotate `value` [B, heads, T, 2P] whose head h holds pairs `pairs`[h] ([heads, P]) of the original D/2.
 
     cos and sin, shared by all heads before, are gathered per head.

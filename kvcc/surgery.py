@@ -5,7 +5,7 @@ weight becomes which channel of which head is therefore found by sending row num
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,6 @@ _MOVES: frozenset[Any] = frozenset(
     }
 )
 _SYMBOLIC: dict[Any, Callable[..., Any]] = {
-    aten.sym_size.int: lambda *_: 1,  # batch and length are 1 while row numbers travel
     operator.mul: operator.mul,
     operator.add: operator.add,
     operator.sub: operator.sub,
@@ -49,10 +48,12 @@ class Projection:
     """An aten.linear next to attention, and where each head's channels lie in its weight.
 
     index: [heads, channels] int64, rows of the weight for q, k and v, columns for the output projection.
+    scale: a constant the projected values are multiplied by on the way.
     """
 
     linear: fx.Node
     index: Tensor
+    scale: float = 1.0
 
     @property
     def weight(self) -> fx.Node:
@@ -69,9 +70,12 @@ class Projection:
 def input_projection(module: fx.GraphModule, value: fx.Node) -> Projection | None:
     """The linear whose rows become `value` [B, heads, T, channels]; None when arithmetic stands between them."""
     path: list[fx.Node] = []
-    node = value
-    while node.target in _MOVES:
-        path.append(node)
+    node, scale = value, 1.0
+    while node.target in _MOVES or _is_scaling(node):
+        if _is_scaling(node):
+            scale *= float(node.args[1])  # type: ignore[arg-type]
+        else:
+            path.append(node)
         first = node.args[0]
         if not isinstance(first, fx.Node):
             return None
@@ -79,11 +83,17 @@ def input_projection(module: fx.GraphModule, value: fx.Node) -> Projection | Non
     if node.target is not aten.linear.default:
         return None
     rows = attribute(module, node.args[1]).shape[0]
-    moved = _send(torch.arange(rows)[None, None], node, reversed(path))
-    return Projection(node, moved[0, :, 0])
+    moved = _send(torch.arange(rows)[None, None], reversed(path))
+    return Projection(node, moved[0, :, 0], scale)
 
 
-def output_projection(module: fx.GraphModule, attention: fx.Node, heads: int, channels: int) -> Projection | None:
+def _is_scaling(node: fx.Node) -> bool:
+    return node.target is aten.mul.Tensor and isinstance(node.args[1], (int, float))
+
+
+def output_projection(
+    module: fx.GraphModule, attention: fx.Node, heads: int, channels: int
+) -> Projection | None:
     """The linear that consumes `attention` [B, T, heads, channels]; None when arithmetic stands between them."""
     path: list[fx.Node] = []
     node = attention
@@ -97,29 +107,28 @@ def output_projection(module: fx.GraphModule, attention: fx.Node, heads: int, ch
         if node.target not in _MOVES:
             return None
         path.append(node)
-    moved = _send(torch.arange(heads * channels).view(1, 1, heads, channels), attention, path).flatten()
+    moved = _send(torch.arange(heads * channels).view(1, 1, heads, channels), path).flatten()
     columns = torch.empty_like(moved)
     columns[moved] = torch.arange(len(moved))
     return Projection(node, columns.view(heads, channels))
 
 
-def _send(x: Tensor, source: fx.Node, path: Any) -> Tensor:
-    values: dict[fx.Node, Any] = {source: x}
+def _send(x: Tensor, path: Iterable[fx.Node]) -> Tensor:
+    """Put `x` through the moves of `path`, each taking what the one before gave."""
 
     def value(arg: Any) -> Any:
         if isinstance(arg, (list, tuple)):
             return [value(a) for a in arg]
         if not isinstance(arg, fx.Node):
             return arg
-        if arg not in values:
-            values[arg] = _SYMBOLIC[arg.target](*(value(a) for a in arg.args))
-        return values[arg]
+        if arg.target is aten.sym_size.int:
+            return 1  # batch and length are 1 while row numbers travel
+        return _SYMBOLIC[arg.target](*(value(a) for a in arg.args))
 
-    result = x
     for node in path:
         kwargs = {k: value(a) for k, a in node.kwargs.items()}
-        result = values[node] = node.target(*(value(a) for a in node.args), **kwargs)
-    return result
+        x = node.target(x, *(value(a) for a in node.args[1:]), **kwargs)  # type: ignore[operator]
+    return x
 
 
 def attribute(module: fx.GraphModule, node: Any) -> Tensor:
@@ -167,10 +176,10 @@ def project(
 ) -> fx.Node:
     """[B, heads, T, width] from the rows `rows` ([heads, width]) of a projection, in new nodes before `before`."""
     x, weight = projection.linear.args[0], attribute(module, projection.weight)
-    args = [x, constant(module, weight[rows.flatten()], before, "narrow_weight")]
+    args = [x, constant(module, weight[rows.flatten()] * projection.scale, before, "narrow_weight")]
     if projection.bias is not None:
         bias = attribute(module, projection.bias)
-        args.append(constant(module, bias[rows.flatten()], before, "narrow_bias"))
+        args.append(constant(module, bias[rows.flatten()] * projection.scale, before, "narrow_bias"))
     flat = call(module, before, aten.linear.default, *args, like=like)
     split = call(module, before, aten.unflatten.int, flat, -1, list(rows.shape), like=like)
     moved = call(module, before, aten.transpose.int, split, 1, 2, like=like)

@@ -4,14 +4,17 @@ from xml.etree import ElementTree
 
 from rich.table import Table
 
-from kvcc.check import Verdict
+from kvcc.checking import Verdict
 from kvcc.gates import GateResult
 
 
 def _text_rows(verdict: Verdict) -> list[tuple[str, ...]]:
     rows = []
     for text in verdict.texts:
-        for bucket, label in [*((b, f"{b.first} to {b.last - 1}") for b in text.buckets), (text.overall, "all")]:
+        for bucket, label in [
+            *((b, f"{b.first} to {b.last - 1}") for b in text.buckets),
+            (text.overall, "all"),
+        ]:
             rows.append(
                 (
                     text.kind,
@@ -55,7 +58,9 @@ def _other_rows(verdict: Verdict) -> list[tuple[str, ...]]:
     ]
     if verdict.greedy:
         g = verdict.greedy
-        rows.append((f"greedy text, {g.tokens} tokens, same token", f"{100 * g.same:.0f} %", "100 %", f"{g.prompts}"))
+        rows.append(
+            (f"greedy text, {g.tokens} tokens, same token", f"{100 * g.same:.0f} %", "100 %", f"{g.prompts}")
+        )
     return rows
 
 
@@ -92,7 +97,9 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
 def markdown(verdict: Verdict) -> str:
     """A summary for a CI job page."""
     status = "all gates hold" if verdict.passed else "a gate failed"
-    parts = [f"## kvcc check: {verdict.recipe} against {verdict.against}: {status if verdict.gates else 'no gates'}\n"]
+    parts = [
+        f"## kvcc check: {verdict.recipe} against {verdict.against}: {status if verdict.gates else 'no gates'}\n"
+    ]
     if verdict.gates:
         parts.append(_markdown_table(_GATE, [_gate_row(g) for g in verdict.gates]))
     parts.append(_markdown_table(_TEXT, _text_rows(verdict)))

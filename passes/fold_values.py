@@ -68,6 +68,6 @@ def hadamard(size: int, seed: int) -> Tensor:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0) / 2**0.5
     if odd > 1:
         block = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator)).Q
-        matrix = torch.kron(matrix, block)
+        matrix = torch.kron(matrix.contiguous(), block.contiguous())
     signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
     return matrix * signs[:, None]

@@ -4,22 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcc.runtime.generate import Generation, Piece, Timing, generate, stream
-    from kvcc.runtime.load import load
+    from kvcc.runtime.generation import Generation, Piece, Timing, generate, stream
+    from kvcc.runtime.loading import load
     from kvcc.runtime.model import CompiledModel
     from kvcc.runtime.plan import Plan
     from kvcc.runtime.sampling import Sampling
 
 _PUBLIC = {
     "CompiledModel": "model",
-    "Generation": "generate",
-    "Piece": "generate",
+    "Generation": "generation",
+    "Piece": "generation",
     "Plan": "plan",
     "Sampling": "sampling",
-    "Timing": "generate",
-    "generate": "generate",
-    "load": "load",
-    "stream": "generate",
+    "Timing": "generation",
+    "generate": "generation",
+    "load": "loading",
+    "stream": "generation",
 }
 
 __all__ = ["CompiledModel", "Generation", "Piece", "Plan", "Sampling", "Timing", "generate", "load", "stream"]

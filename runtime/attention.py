@@ -81,9 +81,7 @@ def _extend(
             out, lse = causal_attention(q_row, k_row, v_row, scale, 0, softcap)
             if cache.lengths[row]:
                 out, lse = merge([(out, lse), _attend_cached(cache, index, row, q_row, scale, softcap)])
-            elif layer.plan.select == "request":
-                select_channels(layer, row, q_row, k_row)
-        _store(cache, index, row, k_row, v_row)
+        store(cache, index, row, q_row, k_row, v_row)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
@@ -103,9 +101,14 @@ def _attend_cached(
     return out[0], lse[0]
 
 
-def _store(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
-    """Cache the new tokens k, v [Hkv, n, D] of one sequence: sinks, pages that come full, the recent window."""
+def store(cache: Cache, index: int, row: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Cache the new tokens k, v [Hkv, n, D] of one sequence: sinks, pages that come full, the recent window.
+
+    Their queries q [Hq, n, D] choose the channels of a sequence that begins, where the plan says so.
+    """
     layer, plan, length = cache.layers[index], cache.layers[index].plan, cache.lengths[row]
+    if plan.select == "request" and length == 0:
+        select_channels(layer, row, q, k)
     total = length + k.shape[1]
     if length < plan.sinks:
         count = min(plan.sinks - length, k.shape[1])

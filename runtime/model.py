@@ -15,7 +15,7 @@ from kvcc.runtime.plan import Plan
 from kvcc.runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from kvcc.runtime.generate import Generation, Piece, Prompt
+    from kvcc.runtime.generation import Generation, Piece, Prompt
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class CompiledModel:
         return Cache(self.plan, self.tables, self.backend, batch, self.device, budget)
 
     def generate(self, prompts: Sequence["Prompt"], **options: Any) -> "list[Generation]":
-        """One Generation a prompt; options as in `kvcc.runtime.generate.generate`."""
-        from kvcc.runtime.generate import generate
+        """One Generation a prompt; options as in `kvcc.runtime.generation.generate`."""
+        from kvcc.runtime.generation import generate
 
         return generate(self, prompts, **options)
 
     def stream(self, prompts: Sequence["Prompt"], **options: Any) -> "Iterator[Piece]":
-        """Pieces of text as they come; options as in `kvcc.runtime.generate.stream`."""
-        from kvcc.runtime.generate import stream
+        """Pieces of text as they come; options as in `kvcc.runtime.generation.stream`."""
+        from kvcc.runtime.generation import stream
 
         return stream(self, prompts, **options)
 

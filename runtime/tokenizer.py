@@ -91,6 +91,7 @@ class Tokenizer:
 class DecodeStream:
     """Text of tokens that arrive one by one. The pieces joined are the text decoded at once.
 
+    (Except for invalid UTF-8 from a SentencePiece tokenizer, whose decoder would take back text it gave.)
     Characters whose bytes are not all there yet are held back. context: tokens just before the first one, so
     that its leading space is kept.
     """

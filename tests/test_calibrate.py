@@ -1,19 +1,42 @@
 """Calibration runs: what is measured, in batches, resumed, killed, and refused."""
 
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
+from click.testing import CliRunner
 from test_profile import agree, naive, same
+from tiny import tiny_graph
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, fx, nn
 
 from kvcc import statistics
-from kvcc.calibrate import Progress, PromptSet, TokenPrompt, calibrate, encode_set, without_repeats
+from kvcc.calibration import (
+    SAVE_EVERY,
+    SKIP_FIRST,
+    Progress,
+    PromptSet,
+    TokenPrompt,
+    calibrate,
+    encode_sets,
+    without_repeats,
+)
+from kvcc.calibration_data import Prompt
+from kvcc.cli.calibrate import command
 from kvcc.errors import CapacityError, DataError, ProfileError
 from kvcc.graph import Graph
-from kvcc.profile import merge
+from kvcc.profile import Profile, merge
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.statistics import LayerShape
 
@@ -61,9 +84,9 @@ class Toy(nn.Module):
 def toy(q_heads: int = 4, kv_heads: int = 2, **identity: object) -> tuple[Toy, Graph]:
     module = Toy(q_heads, kv_heads)
     facts = {
-        "name": "toy", "model_type": "toy", "layers": 2, "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": 8,
-        "hidden_size": 24, "vocab_size": 50, "context_length": 128, "dtype": "float32", "digest": "sha256:toy",
-        "tokenizer_digest": "sha256:words",
+        "name": "toy", "model_type": "toy", "layers": 2, "q_heads": q_heads, "kv_heads": kv_heads,
+        "head_dim": 8, "hidden_size": 24, "vocab_size": 50, "context_length": 128, "dtype": "float32",
+        "digest": "sha256:toy", "tokenizer_digest": "sha256:words",
     }  # fmt: skip
     return module, Graph(fx.symbolic_trace(module), ModelIdentity(**(facts | identity)))
 
@@ -142,7 +165,7 @@ def test_memory_does_not_grow_with_tokens() -> None:
     assert len(sizes) == 1
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -155,23 +178,16 @@ def test_resuming_after_any_batch_gives_the_same_bits(tmp_path: Path, batch_size
 
     def stop(progress: Progress) -> None:
         if progress.prompts < total:
-            raise Stop
+            raise StopError
 
-    attempts = 0
-    while True:
-        attempts += 1
-        reports: list[Progress] = []
+    stopped = 0
+    options = {"batch_size": batch_size, "state": state, "resume": True, "save_every": 0, "progress": stop}
+    for _ in range(8 if batch_size == 1 else 5):
         try:
-            resumed = calibrate(
-                graph, sets, batch_size=batch_size, state=state, resume=True, save_every=0,
-                progress=lambda p: (reports.append(p), stop(p))[0],
-            )  # fmt: skip
-        except Stop:
-            assert attempts < 20
-            continue
-        break
-    assert attempts == (8 if batch_size == 1 else 5)
-    assert reports[-1].resumed_tokens > 0
+            resumed = calibrate(graph, sets, **options)
+        except StopError:
+            stopped += 1
+    assert stopped == (7 if batch_size == 1 else 4)
     same(resumed, undisturbed)
 
 
@@ -186,6 +202,24 @@ def test_without_resume_a_run_starts_again(tmp_path: Path) -> None:
     assert seen[-1].seconds_left == 0
     calibrate(graph, sets, state=state, resume=True, progress=seen.append)
     assert len(seen) == 2  # everything was in the state
+
+
+def test_progress_counts_what_an_earlier_run_did(tmp_path: Path) -> None:
+    _, graph = toy()
+    state, sets = tmp_path / "state", [prompts("a", (30, 20, 17))]
+
+    def stop(progress: Progress) -> None:
+        raise StopError
+
+    with pytest.raises(StopError):
+        calibrate(graph, sets, state=state, save_every=0, progress=stop)
+    seen: list[Progress] = []
+    calibrate(graph, sets, state=state, resume=True, progress=seen.append)
+    assert [(p.prompts, p.tokens, p.resumed_tokens, p.total_tokens) for p in seen] == [
+        (2, 50, 30, 67),
+        (3, 67, 30, 67),
+    ]
+    assert seen[0].seconds_left == pytest.approx(17 / 20 * seen[0].seconds)
 
 
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -225,17 +259,56 @@ def test_prompts_that_cannot_be_measured_are_refused() -> None:
         calibrate(graph, [prompts("a", (20,))], batch_size=0)
 
 
-def test_prompts_are_cut_to_length_and_empty_ones_left_out() -> None:
-    class Letters:
-        def encode(self, text: str) -> list[int]:
-            return [ord(c) for c in text]
+class Letters:
+    """A tokenizer of one token a letter, which starts texts with a 0."""
 
-    made = encode_set(["abcdef", "", "x"], Letters(), name="n", digest="d", seed=3, length=4)
-    assert [p.ids for p in made.prompts] == [(97, 98, 99, 100), (120,)]
-    longer = encode_set(["abcdef"], Letters(), name="n", digest="d", seed=3, length=6)
+    def __init__(self, has_chat_template: bool) -> None:
+        self.has_chat_template = has_chat_template
+
+    def encode(self, text: str, special_tokens: bool = True) -> list[int]:
+        return [0] * (special_tokens and text != "") + [ord(c) for c in text]
+
+    def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        return "<".join(m["content"] for m in messages) + ">" * add_generation_prompt
+
+
+def texts(*found: str, source: str = "n") -> list[Prompt]:
+    return [Prompt(text, None, source, i) for i, text in enumerate(found)]
+
+
+def test_prompts_are_cut_to_length_and_empty_ones_left_out() -> None:
+    (made,) = encode_sets(texts("abcdef", "", "x"), Letters(True), seed=3, length=4)
+    assert [p.ids for p in made.prompts] == [(0, 97, 98, 99), (0, 120)]
+    (longer,) = encode_sets(texts("abcdef"), Letters(True), seed=3, length=6)
     assert longer.prompts[0].id == made.prompts[0].id  # cutting does not make it another prompt
+    assert made.digest != longer.digest
     with pytest.raises(DataError, match="n: holds no text"):
-        encode_set(["", ""], Letters(), name="n", digest="d", seed=0, length=4)
+        encode_sets(texts("", ""), Letters(True), seed=0, length=4)
+
+
+def test_prompts_are_grouped_by_source_without_folders() -> None:
+    mixed = [
+        Prompt("a", None, "/home/me/x.txt", 0),
+        Prompt("b", None, "hf:me/set", 0),
+        Prompt("c", None, "prose", 0),
+    ]
+    found = encode_sets([*mixed, Prompt("d", None, "prose", 1)], Letters(True), seed=7, length=4)
+    assert [(s.name, len(s.prompts), s.seed) for s in found] == [
+        ("x.txt", 1, 7),
+        ("hf:me/set", 1, 7),
+        ("prose", 2, 7),
+    ]
+    alone = encode_sets([mixed[2], Prompt("d", None, "prose", 1)], Letters(True), seed=7, length=4)
+    assert alone == found[2:]  # a set is the same whether it is read alone or with others
+
+
+def test_chats_go_through_the_template_or_become_plain_text() -> None:
+    chat = [
+        Prompt(None, ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), "chat", 0)
+    ]
+    (templated,), (plain,) = (encode_sets(chat, Letters(has), seed=0, length=99) for has in (True, False))
+    assert templated.prompts[0].ids == tuple(map(ord, "a<b"))
+    assert plain.prompts[0].ids == (0, *map(ord, "User: a\n\nAssistant: b"))
 
 
 def test_a_model_that_overflows_is_refused() -> None:
@@ -256,3 +329,169 @@ def test_a_batch_too_large_for_memory_says_so(monkeypatch: pytest.MonkeyPatch) -
         CapacityError, match="a batch of 2 prompts of up to 30 tokens does not fit into memory"
     ):
         calibrate(graph, [prompts("a", (20, 30))], batch_size=2)
+
+
+class Recorder(fx.Interpreter):
+    """Keeps what each attention node receives."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is torch.ops.kvcc.attention.default:
+            seen = (*args, *kwargs.values())
+            self.received = [*getattr(self, "received", []), seen]
+        return super().call_function(target, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_captured_models_with_windows_softcap_and_sinks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tiny_graph(name)
+    one = prompts("one", (70, 5, 23))
+    profile = calibrate(graph, [one], batch_size=2)
+    names = {f"prompt {i}": prompt.id for i, prompt in enumerate(one.prompts)}
+    rows = statistics.probe_rows
+    monkeypatch.setattr(statistics, "probe_rows", lambda length, name: rows(length, names[name]))
+    runs = []
+    for prompt in one.prompts:
+        recorder = Recorder(graph.module)
+        tokens = torch.tensor([prompt.ids])
+        recorder.run(tokens, torch.arange(tokens.shape[1])[None], torch.ones_like(tokens), torch.tensor([0]))
+        runs.append(recorder.received)
+    for layer in range(2):
+        *_, sinks, index, scale, window, softcap = runs[0][layer]
+        shape = LayerShape(4, 2, 16, 16, scale, window or None, softcap or None)
+        assert index == layer
+        assert profile.shapes[layer] == shape
+        assert window == (8 if layer == 0 else 0)
+        assert (softcap, sinks is None) == ((2.0, True) if name == "gemma2" else (0.0, False))
+        seen = [tuple(x[0] for x in run[layer][:3]) for run in runs]
+        agree(profile.layers[layer], naive(shape, seen, sinks), rtol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny llama with a tokenizer of one token a letter, on disk."""
+    folder = tmp_path_factory.mktemp("model")
+    letters = [chr(c) for c in range(32, 127)] + ["\n", "<unk>"]
+    backend = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def lines_of_text(path: Path, count: int) -> Path:
+    rows = (
+        json.dumps({"said": f"{i} " + "how many words are there in it? " * (1 + i % 5)}) for i in range(count)
+    )
+    path.write_text("\n".join(rows))
+    return path
+
+
+def test_the_command_writes_a_profile(model_folder: Path, tmp_path: Path) -> None:
+    data = lines_of_text(tmp_path / "data.jsonl", 6)
+    arguments = [
+        str(model_folder),
+        "--data",
+        str(data),
+        "--field",
+        "said",
+        "--length",
+        "60",
+        "-o",
+        str(tmp_path / "p"),
+    ]
+    done = CliRunner().invoke(command, arguments)
+    assert done.exit_code == 0, done.output
+    assert "prompt 6/6, " in done.stderr
+    assert "tokens/s, 0 s left" in done.stderr
+    profile = Profile.load(tmp_path / "p")
+    assert done.stdout == f"{tmp_path / 'p'}: 6 prompts, {profile.tokens} tokens\n"
+    (source,) = profile.sources
+    assert (source.name, source.samples) == ("data.jsonl", 6)
+    assert source.tokens == sum(min(60, 2 + 32 * (1 + i % 5)) for i in range(6))
+    assert profile.body_tokens(1) == source.tokens - 6 * SKIP
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "p"]
+
+    told = CliRunner().invoke(command, [*arguments, "--json", "--batch-size", "4"])
+    assert told.stderr == ""
+    assert {k: v for k, v in json.loads(told.stdout).items() if k != "seconds"} == {
+        "profile": str(tmp_path / "p"), "prompts": 6, "tokens": profile.tokens,
+    }  # fmt: skip
+
+
+def test_the_command_refuses_bad_input(model_folder: Path, tmp_path: Path) -> None:
+    data = lines_of_text(tmp_path / "data.jsonl", 2)
+    (tmp_path / "blank.txt").write_text(" \n\n")
+    (tmp_path / "file").touch()
+    base = {"--data": str(data), "--field": "said", "--length": "60", "-o": str(tmp_path / "p")}
+    for change, kind, reason in (
+        ({"--length": "257"}, CapacityError, "--length 257 is longer than the context of .*, 256 tokens"),
+        ({"--data": str(tmp_path / "blank.txt")}, DataError, "blank.txt: no text in it"),
+        ({"--length": "9"}, DataError, "no prompt is longer than the 16"),
+        ({"-o": str(tmp_path / "file")}, ProfileError, "file is a file: a profile is a folder"),
+    ):
+        options = [word for pair in (base | change).items() for word in pair]
+        result = CliRunner().invoke(command, [str(model_folder), *options])
+        assert type(result.exception) is kind
+        assert re.search(reason, str(result.exception))
+    assert not (tmp_path / "p").exists()
+
+
+def test_the_command_has_the_librarys_defaults() -> None:
+    defaults = {option.name: option.default for option in command.params}
+    assert (defaults["skip_first"], defaults["save_every"]) == (SKIP_FIRST, SAVE_EVERY)
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_was_killed_ends_with_the_same_profile(
+    model_folder: Path, tmp_path: Path, kills: int
+) -> None:
+    data = lines_of_text(tmp_path / "data.jsonl", 100)
+    state = tmp_path / "p.partial"
+    arguments = [
+        str(model_folder),
+        "--data",
+        str(data),
+        "--field",
+        "said",
+        "--samples",
+        "100",
+        "--length",
+        "128",
+    ]
+    start = [sys.executable, "-c", "from kvcc.cli import main; main()", "calibrate", *arguments]
+
+    def run(*more: str) -> subprocess.Popen[bytes]:
+        words = [*start, "--save-every", "0", "-o", str(tmp_path / "p"), *more]
+        return subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+
+    before = 0
+    for attempt in range(kills):
+        killed = run(*(["--resume"] if attempt else []))
+        written = 0
+        while written < 5:  # then kill it, while it measures the next prompt or writes the next state
+            assert killed.poll() is None, killed.communicate()
+            time.sleep(0.001)
+            if state.exists() and state.stat().st_mtime_ns != before:
+                before, written = state.stat().st_mtime_ns, written + 1
+        killed.send_signal(signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+        assert not (tmp_path / "p").exists()
+    last = run("--resume")
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    undisturbed = CliRunner().invoke(command, [*arguments, "-o", str(tmp_path / "whole")])
+    torch.set_num_threads(threads)
+    assert undisturbed.exit_code == 0
+    _, told = last.communicate(timeout=300)
+    assert last.returncode == 0, told
+    assert b"resuming" in told
+    assert not state.exists()
+    same(Profile.load(tmp_path / "p"), Profile.load(tmp_path / "whole"))
+    files = [(tmp_path / name / "profile.json").read_bytes() for name in ("p", "whole")]
+    assert files[0] == files[1]

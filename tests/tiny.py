@@ -36,11 +36,11 @@ def _build(family: str, suffix: str = "ForCausalLM", **settings: Any) -> PreTrai
     """A model with random weights everywhere: biases, norms and sinks too, so that a lost one shows."""
     name = family.removesuffix("Text")
     config = getattr(transformers, family + "Config")(**settings)
-    model = getattr(transformers, name + suffix)(config)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(7)
+        model = getattr(transformers, name + suffix)(config)
         for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+            noise = torch.randn(parameter.shape)
             if parameter.dim() > 1:
                 parameter.copy_(noise * 0.12)
             else:

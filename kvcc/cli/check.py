@@ -47,7 +47,7 @@ def command(
 ) -> None:
     """Measure ARTIFACT through its real cache. Exits 0 when all gates hold, 1 when one does not, 2 on bad input."""
     from kvcc import verdict_formats as formats
-    from kvcc.check import CheckSize, check, store_accuracy
+    from kvcc.checking import CheckSize, check, store_accuracy
     from kvcc.gates import load_gates
 
     limits = load_gates(gates) if gates else None

@@ -36,8 +36,9 @@ def command(
 
     chosen = load_recipe(recipe)  # before any model is loaded
     from kvcc.artifact import check_target
-    from kvcc.compile import PassReport, compile_model
+    from kvcc.compile import compile_model
     from kvcc.frontend import load_model
+    from kvcc.pipeline import PassReport
     from kvcc.profile import Profile
 
     check_target(output, overwrite=force)
@@ -58,7 +59,7 @@ def command(
     compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=show)
     verdict: dict[str, Any] | None = None
     if run_check:
-        from kvcc.check import check, store_accuracy
+        from kvcc.checking import check, store_accuracy
 
         with err.status("checking", spinner="line"):
             measured = check(output, loaded)

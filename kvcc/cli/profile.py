@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -48,6 +49,8 @@ def _show(profile: Path, as_json: bool) -> None:
 
 def describe(profile: "Profile") -> dict[str, object]:
     """What `kvcc profile show --json` prints."""
+    from kvcc.profile import summarize
+
     return {
         "model": profile.model.model_dump(),
         "skip_first": profile.skip_first,
@@ -64,28 +67,33 @@ def _print(profile: "Profile") -> None:
 
     model = profile.model
     out.print(
-        f"{escape(model.name)} ({model.model_type}, {model.dtype}), {len(profile.prompts)} prompts, {profile.tokens} "
-        f"tokens, the first {profile.skip_first} of each prompt left out"
+        f"{escape(model.name)} ({model.model_type}, {model.dtype}), {len(profile.prompts)} prompts, "
+        f"{profile.tokens} tokens, the first {profile.skip_first} of each prompt left out"
     )
     for source in profile.sources:
         out.print(
             f"  {escape(source.name)}: {source.samples} prompts, {source.tokens} tokens, seed {source.seed}"
         )
     table = Table(
-        caption="attention: share that the first 16 tokens, the last 64 and those between receive. "
-        "think: share of ThinK's score in the better half of the K channels."
+        box=box.SIMPLE,
+        padding=0,
+        caption="K top: share of mean k² in the strongest tenth of channels. outl.: channels over 4 times "
+        "the median. sinks, mid, recent: attention that the first 16 tokens, those between and the last 64 "
+        "get. think: share of ThinK's score in the better half of the channels.",
     )
-    heads = ["layer", "heads", "dim", "tokens", "K energy in top 10 %", "K outliers", "max |K|", "max |V|"]
-    for head in [*heads, "sinks", "middle", "recent", "think"]:
-        table.add_column(head, justify="right")
+    heads = "layer", "KV×D", "tokens", "K top", "outl.", "max|K|", "max|V|", "sinks", "mid", "recent"
+    for head in (*heads, "think"):
+        table.add_column(head, justify="right", no_wrap=True)
     for row in summarize(profile):
         table.add_row(
-            *(str(row[name]) for name in ("layer", "kv_heads", "head_dim", "tokens")),
+            str(row["layer"]),
+            f"{row['kv_heads']}×{row['head_dim']}",
+            str(row["tokens"]),
             f"{row['k_energy_top10']:.0%}",
             str(row["k_outliers"]),
             f"{row['k_max_abs']:.1f}",
-            f"{row['v_max_abs']:.2f}",
-            *(f"{row[f'mass_{name}']:.1%}" for name in ("sinks", "middle", "recent")),
+            f"{row['v_max_abs']:.1f}",
+            *(f"{row[f'mass_{name}']:.0%}" for name in ("sinks", "middle", "recent")),
             f"{row['think_top_half']:.0%}",
         )
     out.print(table)

@@ -2,12 +2,11 @@
 
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,11 +19,7 @@ from kvcc.errors import CapacityError, DataError, ProfileError
 from kvcc.graph import Graph
 from kvcc.profile import Profile, Source, pack, sorted_sources, unpack, write_atomically
 from kvcc.runtime.identity import ModelIdentity
-from kvcc.runtime.tokenizer import Tokenizer
 from kvcc.statistics import LayerShape, LayerStatistics
-
-if TYPE_CHECKING:
-    from kvcc.frontend import LoadedModel
 
 SKIP_FIRST = 16  # tokens at the start of a prompt that means and covariances leave out
 SAVE_EVERY = 30.0  # seconds between checkpoints
@@ -85,7 +80,7 @@ def encode_sets(prompts: Sequence[Prompt], tokenizer: Encoder, *, seed: int, len
     """Tokenise prompts, cut each after `length` tokens, and group them by source in order of appearance.
 
     Messages go through the chat template, or become lines of "Role: content" for a model that has none.
-    `seed`: what the prompts were drawn with, for the record. Raises DataError for a source with not one token.
+    `seed`: what the prompts were drawn with, for the record. Raises DataError for a source without a token.
     """
     by_source: dict[str, list[Prompt]] = {}
     for prompt in prompts:
@@ -378,7 +373,7 @@ def calibrate_model(
     While it runs, its checkpoint is the file `output` + ".partial". `say` gets a line for each stage. Raises
     the KvccError of whichever stage refuses.
     """
-    from kvcc.frontend import capture, load_model  # transformers takes seconds to import
+    from kvcc.frontend import capture, load_model, runtime_tokenizer  # transformers takes seconds to import
 
     if output.exists() and not output.is_dir():
         raise ProfileError(f"{output} is a file: a profile is a folder; give another name")
@@ -390,7 +385,7 @@ def calibrate_model(
             f"--length {length} is longer than the context of {loaded.identity.name}, "
             f"{loaded.identity.context_length} tokens"
         )
-    tokenizer = _tokenizer(loaded)
+    tokenizer = runtime_tokenizer(loaded)
     if not tokenizer.has_chat_template and any(prompt.messages for prompt in prompts):
         say("the model has no chat template: chats are written as plain text")
     sets = encode_sets(prompts, tokenizer, seed=seed, length=length)
@@ -409,12 +404,3 @@ def calibrate_model(
     profile.save(output)
     state.unlink(missing_ok=True)
     return profile
-
-
-def _tokenizer(loaded: "LoadedModel") -> Tokenizer:
-    """The tokenizer that the artifact will run with."""
-    from kvcc.frontend import save_tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(loaded, folder)
-        return Tokenizer.load(folder)

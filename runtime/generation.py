@@ -52,7 +52,7 @@ def encode(model: CompiledModel, prompt: Prompt) -> list[int]:
     tokenizer = _tokenizer(model)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return tokenizer.encode(tokenizer.chat([dict(m) for m in prompt if isinstance(m, dict)]))
+    return tokenizer.encode(tokenizer.chat([dict(m) for m in prompt if isinstance(m, dict)]), special_tokens=False)
 
 
 def stream(
@@ -171,7 +171,8 @@ class _Text:
         return ready, False
 
     def flush(self) -> str:
-        return self._held
+        """What was held back, once the sequence has ended."""
+        return self._held + (self._stream.finish() if self._stream else "")
 
 
 def _tokenizer(model: CompiledModel) -> Tokenizer:

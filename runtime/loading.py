@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 
-from kvcc.errors import CapacityError
+from kvcc.errors import CapacityError, KernelUnavailable
 from kvcc.kernels import backend as kernel_backend
 from kvcc.runtime.artifact import module, read_artifact
 from kvcc.runtime.model import CompiledModel
@@ -28,6 +28,10 @@ def load(
     target = torch.device(device)
     artifact = read_artifact(Path(path), verify=verify, device=target)
     kernels = kernel_backend(backend, target)
+    for index, layout in enumerate(artifact.plan.layouts()):
+        reason = layout and kernels.supports(layout, getattr(torch, artifact.plan.dtype), target)
+        if reason:
+            raise KernelUnavailable(f"layer {index}: {kernels.name} kernels cannot run this plan: {reason}")
     folder = Path(path) / "tokenizer"
     try:
         graph = module(artifact, target)

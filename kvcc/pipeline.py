@@ -1,0 +1,90 @@
+"""The pass pipeline: a captured graph and a recipe in; a lowered graph, its plan and its tables out."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from kvcc.errors import PassError
+from kvcc.graph import Graph
+from kvcc.lowering import lower
+from kvcc.passes import Compilation, Note, Pass, start
+from kvcc.profile import Profile
+from kvcc.recipe import Recipe
+from kvcc.runtime.plan import Plan
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: bytes per sealed token before and after, seconds, and its notes by layer."""
+
+    name: str
+    parameters: dict[str, Any]
+    seconds: float
+    bytes_before: float
+    bytes_after: float
+    notes: tuple[Note, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A lowered graph with its plan and tables, ready to be packed."""
+
+    module: fx.GraphModule
+    plan: Plan
+    tables: dict[str, Tensor]
+    reports: tuple[PassReport, ...]
+    elements_per_token: int
+
+    @property
+    def bits_per_element(self) -> float:
+        """Bits per element of the uncompressed cache, metadata included, windows not."""
+        return self.plan.bits_per_element(self.elements_per_token)
+
+
+def run_passes(
+    graph: Graph,
+    profile: Profile | None,
+    recipe: Recipe,
+    on_pass: Callable[[PassReport], None] | None = None,
+) -> Compiled:
+    """Run a recipe's passes over a copy of the graph, then lower it.
+
+    Raises ProfileError when the profile is of another model, PassError when a pass does not apply.
+    """
+    if profile is not None:
+        profile.require_model(graph.model)
+    elif recipe.requires_profile():
+        needing = ", ".join(p.name for p in recipe.passes if p.requires_profile())
+        raise PassError(
+            f"recipe {recipe.name}: {needing} needs calibration statistics; give --profile (kvcc calibrate)"
+        )
+    graph = Graph(copy.deepcopy(graph.module), graph.model)
+    compilation = start(graph, profile, recipe.windows)
+    reports = []
+    for pass_ in recipe.passes:
+        report = _run(pass_, compilation)
+        reports.append(report)
+        if on_pass is not None:
+            on_pass(report)
+    module = lower(compilation.graph.module)
+    return Compiled(
+        module, compilation.plan, compilation.tables, tuple(reports), compilation.elements_per_token
+    )
+
+
+def _run(pass_: Pass, compilation: Compilation) -> PassReport:
+    before, noted, clock = compilation.plan.bytes_per_token(), len(compilation.notes), time.perf_counter()
+    pass_.apply(compilation)
+    compilation.plan.layouts()  # a pass must leave a plan that comes out even
+    return PassReport(
+        pass_.name,
+        pass_.model_dump(),
+        time.perf_counter() - clock,
+        before,
+        compilation.plan.bytes_per_token(),
+        tuple(compilation.notes[noted:]),
+    )

@@ -1,0 +1,119 @@
+"""The command line itself: what needs no model."""
+
+import json
+import subprocess
+import sys
+
+import click
+import pytest
+
+import kvcc
+from kvcc.cli import cli, main
+from kvcc.kernels import BACKENDS
+from kvcc.passes import REGISTRY
+from kvcc.recipe import shipped
+
+COMMANDS = {"calibrate", "check", "demo", "env", "export", "inspect", "profile", "recipes", "run"}
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of `kvcc` with these arguments, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["kvcc", *arguments])
+    try:
+        main()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "--version") == 0
+    assert kvcc.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_every_command(
+    flag: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, flag) == 0
+    listed = {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
+    assert listed >= COMMANDS
+
+
+def test_every_command_has_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    context = click.Context(cli)
+    names = cli.list_commands(context)
+    assert set(names) >= COMMANDS
+    for name in names:
+        command = cli.get_command(context, name)
+        assert command is not None, name
+        assert command.help, name
+        assert call(monkeypatch, name, "--help") == 0
+        assert f" {name} " in capsys.readouterr().out.splitlines()[0]
+
+
+def test_env(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "env") == 0
+    shown = capsys.readouterr().out
+    assert all(f"kernels: {name}" in shown for name in BACKENDS)
+    assert call(monkeypatch, "env", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["kvcc"] == kvcc.__version__
+    assert facts["backends"]["reference"] is None
+    assert all(reason is None or (reason and "\n" not in reason) for reason in facts["backends"].values())
+    assert set(facts["backends"]) == set(BACKENDS)
+    assert facts["packages"]["torch"]
+
+
+def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "recipes") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in (*shipped(), *REGISTRY))
+    assert call(monkeypatch, "recipes", "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [recipe["name"] for recipe in listed["recipes"]] == shipped()
+    assert all(recipe["summary"] for recipe in listed["recipes"])
+    assert set(listed["passes"]) == set(REGISTRY)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "No such command 'nonsense'"),
+        (["recipes", "--nonsense"], "No such option"),
+        (["export"], "Missing argument"),
+        (["export", "x", "--recipe", "kivi-5", "-o", "y"], "no recipe 'kivi-5'"),
+        (["inspect", "no-such-folder"], "does not exist"),
+        (["run", "no-such-folder", "-p", "Hello"], "does not exist"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_2(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err.splitlines()[-1]
+    assert "Traceback" not in captured.err
+
+
+def test_a_command_decides_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kvcc check` ends with 1 when a gate fails, by ctx.exit."""
+
+    @click.command("fails")
+    @click.pass_context
+    def fails(context: click.Context) -> None:
+        context.exit(1)
+
+    monkeypatch.setitem(cli.commands, "fails", fails)
+    monkeypatch.setattr(type(cli), "get_command", lambda self, context, name: self.commands.get(name))
+    assert call(monkeypatch, "fails") == 1
+
+
+def test_as_a_program() -> None:
+    """The installed entry point, in a process of its own, away from this folder."""
+    code = "from kvcc.cli import main; main()"
+    for arguments, status in ((["--version"], 0), (["nonsense"], 2)):
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stderr
