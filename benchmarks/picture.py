@@ -49,7 +49,7 @@ def trade(rows: list[Measured], text: str) -> str:
         [charts.Line(r.recipe, ((r.plan.bytes_per_token(), r.increase),)) for r in rows],
         named=True,
         title=f"Perplexity increase on held-out {text} against bytes per token",
-        x_label=f"cache bytes per token (fp16: {rows[0].plan.uncompressed_bytes(1):,})",
+        x_label=f"cache bytes per token (fp16: {rows[0].plan.uncompressed_bytes_per_token():,})",
         y_label=f"perplexity on held-out {text}, % above uncompressed",
     )
 
@@ -60,7 +60,9 @@ def growth(rows: list[Measured], context: int) -> str:
         n for k in range(context.bit_length()) for n in (1 << k, 3 << k >> 1) if SHORTEST <= n < context
     ]
     lengths.append(context)
-    widest = max((r.plan for r in rows), key=lambda plan: plan.uncompressed_bytes(1))  # folds narrow some
+    widest = max(
+        (r.plan for r in rows), key=lambda plan: plan.uncompressed_bytes_per_token()
+    )  # folds narrow some
     curves = [charts.Line(r.recipe, tuple((n, r.plan.cache_bytes(n)) for n in lengths)) for r in rows]
     curves.append(charts.Line("fp16", tuple((n, widest.uncompressed_bytes(n)) for n in lengths), quiet=True))
     return charts.lines(

@@ -12,8 +12,8 @@ Codes of one packed run (see `packed_bytes`): `n` codes of width b in {2, 4, 8} 
 codes i, i + n*b/8, i + 2*n*b/8, … from its low bits up, so that unpacking yields contiguous codes. Width 3 is a
 width-2 run followed by a width-1 run of the third bits.
 
-`groups = "tokens"`: codes [channels][tokens], one scale per (channel, group_size tokens): scales [channels][tokens/G].
-`groups = "channels"`: codes [tokens][channels], one scale per (token, group_size channels): scales [tokens][channels/G].
+`groups = "tokens"`: codes [channels][tokens], one scale per channel and group_size tokens.
+`groups = "channels"`: codes [tokens][channels], one scale per token and group_size channels.
 Widths 16 and 32 are raw floats in the same order as codes, without scales.
 """
 
@@ -145,9 +145,7 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
             scales, zeros = offset, _aligned(offset + metadata)
             offset = _aligned(zeros + metadata)
         sections.append(
-            Section(
-                plane.bits, plane.channels, first, side.groups, side.group_size, codes, scales, zeros
-            )
+            Section(plane.bits, plane.channels, first, side.groups, side.group_size, codes, scales, zeros)
         )
         first += plane.channels
     return tuple(sections), offset

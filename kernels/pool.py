@@ -51,7 +51,9 @@ class PagePool:
             return
         try:
             block = torch.empty(missing, self.page_bytes, dtype=torch.uint8, device=self.device)
-        except RuntimeError as error:  # torch's allocators raise RuntimeError or its subclass OutOfMemoryError
+        except (
+            RuntimeError
+        ) as error:  # torch's allocators raise RuntimeError or its subclass OutOfMemoryError
             raise CapacityError(
                 f"{missing} more cache pages ({missing * self.page_bytes / 2**20:.0f} MiB) do not fit in memory; "
                 "use a smaller batch or a shorter context"

@@ -19,7 +19,7 @@ def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> st
 
 
 def quantize(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric min-max codes of runs x [..., n]: (codes uint8 [..., n], scale, zero float16 [..., n / group_size])."""
+    """Asymmetric min-max codes of runs x [..., n]: codes uint8 [..., n]; scale, zero float16 [..., n / group_size]."""
     groups = x.float().unflatten(-1, (-1, group_size))
     zero = groups.amin(-1).half()
     span = groups.amax(-1) - zero.float()
@@ -84,7 +84,11 @@ def _unseal_section(layout: PageLayout, section: Section, records: Tensor) -> Te
     runs, length = (channels, tokens) if section.groups == "tokens" else (tokens, channels)
     stored = _get(records, section.codes, packed_bytes(section.bits, tokens * channels))
     if section.raw:
-        x = stored.view(layout.half if section.bits == 16 else torch.float32).float().unflatten(1, (runs, length))
+        x = (
+            stored.view(layout.half if section.bits == 16 else torch.float32)
+            .float()
+            .unflatten(1, (runs, length))
+        )
     else:
         metadata = 2 * runs * length // section.group_size
         scale = _get(records, section.scales, metadata).view(torch.float16).unflatten(1, (runs, -1))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
-# ruff: noqa: PLR0917, RET505, RUF005 - only if/else is resolved at compile time; no star in kernel tuples
+# ruff: noqa: RET505, RUF005 - only if/else is resolved at compile time; no star in kernel tuples
 """Triton kernels: seal a plane of pages, attend over pages, attend over the window, merge the parts.
 
 Arguments of kernels have no Python types; comments give shapes. All is computed in float32 after loads;

@@ -21,7 +21,17 @@ _PUBLIC = {
     "KvccError": "kvcc.errors",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = [
+    "KvccError",
+    "Plan",
+    "Profile",
+    "Recipe",
+    "__version__",
+    "calibrate",
+    "check",
+    "compile_model",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -45,7 +45,7 @@ def allocate(costs: list[Tensor], keep_ratio: float, floor: float = 0.125) -> li
     removal is never taken before the one it depends on.
     """
     curves = [c.cummax(-1).values for c in costs]
-    flat = []
+    flat: list[tuple[float, int, int]] = []
     for layer, curve in enumerate(curves):
         heads, size = curve.shape
         for head in range(heads):

@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,6 @@ from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
 from kvcc.runtime.tokenizer import Tokenizer
 
-WORDS_PER_TOKEN = 0.7
 EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
 
 
@@ -117,7 +117,7 @@ def check(
             ids,
             kind=kind,
             context=size.context,
-            on_step=lambda done, total, kind=kind: report(f"text: {kind}", done, total),
+            on_step=partial(report, f"text: {kind}"),
         )
         for kind, ids in kinds.items()
     )
@@ -137,14 +137,18 @@ def check(
         retrieval,
         greedy,
         model.plan.bytes_per_token(),
-        model.plan.bits_per_element(sum(p.exact_elements for p in reference.plan.layers if p.page)),
-        reference.plan.uncompressed_bytes(1),
+        model.plan.bits_per_element(),
+        model.plan.uncompressed_bytes_per_token(),
     )
     return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
 
 
-def uncompressed(loaded: LoadedModel, tokenizer: Tokenizer | None, graph: Graph | None = None) -> CompiledModel:
-    """The model (captured already as `graph`, or now) through the `exact` recipe, after comparing its logits with transformers' own on a short text.
+def uncompressed(
+    loaded: LoadedModel, tokenizer: Tokenizer | None, graph: Graph | None = None
+) -> CompiledModel:
+    """The model (captured already as `graph`, or now) through the `exact` recipe.
+
+    Its logits are first compared with transformers' own on a short text.
 
     Raises DataError when they differ by more than rounding: nothing may be measured against a wrong reference.
     """
@@ -177,9 +181,18 @@ def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[
     if model.tokenizer is None:
         raise DataError(f"{model.identity.name} has no tokenizer, so no text can be measured")
     if kind in ("prose", "code"):
-        prompts = held_out(kind, samples=size.texts, length=size.length, seed=seed)
+        prompts = held_out(
+            "prose" if kind == "prose" else "code", samples=size.texts, length=size.length, seed=seed
+        )
     else:
-        prompts = load_prompts(kind, samples=size.texts, length=size.length, seed=seed, render=model.tokenizer.chat)
+        render = model.tokenizer.chat
+        prompts = load_prompts(
+            kind,
+            samples=size.texts,
+            length=size.length,
+            seed=seed,
+            render=lambda messages: render([*messages], add_generation_prompt=False),
+        )
     ids = [model.tokenizer.encode(p.text or "")[: size.length] for p in prompts]
     short = [len(i) for i in ids if len(i) < size.length]
     if short:
@@ -199,7 +212,8 @@ def _retrieval(
     done = 0
     for kind, make in GENERATORS.items():
         for tokens in size.retrieval_lengths:
-            tasks = [make(seed, i, int(tokens * WORDS_PER_TOKEN)) for i in range(size.retrieval_tasks)]
+            words = _words(model, make, tokens)
+            tasks = [make(seed, i, words) for i in range(size.retrieval_tasks)]
             for visible in (True, False):
                 found = []
                 for task in tasks:
@@ -213,6 +227,12 @@ def _retrieval(
     return scores
 
 
+def _words(model: CompiledModel, make: Callable[[int, int, int], Task], tokens: int) -> int:
+    """How many words of haystack make a context and question of about `tokens` tokens."""
+    short, long = (sum(map(len, _ask(model, make(0, 0, words)))) for words in (100, 300))
+    return max(20, int(100 + 200 * (tokens - short) / (long - short)))
+
+
 def _ask(model: CompiledModel, task: Task) -> tuple[list[int], list[int]]:
     """Context and question as token ids; a chat model is asked inside its template."""
     tokenizer = model.tokenizer
@@ -222,7 +242,9 @@ def _ask(model: CompiledModel, task: Task) -> tuple[list[int], list[int]]:
     if chat:
         text = tokenizer.chat([{"role": "user", "content": text}])
     context, _, question = text.partition(marker)
-    return tokenizer.encode(context, special_tokens=not chat), tokenizer.encode(question, special_tokens=False)
+    return tokenizer.encode(context, special_tokens=not chat), tokenizer.encode(
+        question, special_tokens=False
+    )
 
 
 def _measured(verdict: Verdict) -> dict[str, float | None]:
@@ -244,6 +266,10 @@ def _measured(verdict: Verdict) -> dict[str, float | None]:
 
 
 def store_accuracy(artifact: Path, verdict: Verdict) -> None:
-    """Keep a verdict in the artifact, as accuracy.json and report.html."""
-    update_file(artifact, "accuracy.json", (json.dumps(verdict.as_dict(), indent=2) + "\n").encode())
+    """Keep a verdict in the artifact, as accuracy.json and report.html. Raises DataError for one that is not finite."""
+    try:
+        text = json.dumps(verdict.as_dict(), indent=2, allow_nan=False)
+    except ValueError as error:
+        raise DataError(f"{artifact}: a measurement is not a finite number, so it is not stored") from error
+    update_file(artifact, "accuracy.json", f"{text}\n".encode())
     update_file(artifact, "report.html", render_report(artifact, verdict).encode())

@@ -76,7 +76,7 @@ def demo(
             loaded,
             size=size,
             reference=reference,
-            on_progress=lambda what, done, total, name=name: report(f"{name}, {what}", done, total),
+            on_progress=report,
         )
         store_accuracy(artifact, verdict)
         overall = verdict.texts[0].overall

@@ -40,7 +40,7 @@ def drop_pairs(compilation: Compilation, index: int, kept: Tensor) -> int:
         HeadPlan(k=Side((Plane(h.k.planes[0].bits, width),), h.k.groups, h.k.group_size), v=h.v)
         for h in layer.heads
     )
-    compilation.update(index, k_dim=width, heads=heads)
+    compilation.update(index, k_dim=width, heads=heads, elements=layer.model_elements)
     return width
 
 
@@ -155,5 +155,5 @@ def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float)
     heads = tuple(
         HeadPlan(k=h.k, v=Side((Plane(h.v.planes[0].bits, width),), h.v.groups, width)) for h in layer.heads
     )
-    compilation.update(index, v_dim=width, heads=heads)
+    compilation.update(index, v_dim=width, heads=heads, elements=layer.model_elements)
     return width

@@ -15,7 +15,7 @@ _ROOT = "model."  # where capture puts the model in the exported module
 
 
 @torch.library.custom_op("kvcc::attention", mutates_args=())
-def attention(  # noqa: PLR0917
+def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -45,7 +45,7 @@ def attention(  # noqa: PLR0917
 
 
 @attention.register_fake
-def _(  # noqa: PLR0917
+def _(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -67,7 +67,7 @@ def causal_mask(length: int, window: int, device: torch.device | str = "cpu") ->
     return keep & (distance < window) if window else keep
 
 
-def _explicit(  # noqa: PLR0917
+def _explicit(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, sinks: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
     group = q.shape[1] // k.shape[1]

@@ -211,7 +211,11 @@ def filled_cache_bytes(model: CompiledModel, tokens: int) -> int:
         plan = layer.plan
         q, k, v = (
             torch.randn(1, heads, tokens, dim, generator=generator, dtype=layer.window_k.dtype)
-            for heads, dim in ((plan.q_heads, plan.k_dim), (plan.kv_heads, plan.k_dim), (plan.kv_heads, plan.v_dim))
+            for heads, dim in (
+                (plan.q_heads, plan.k_dim),
+                (plan.kv_heads, plan.k_dim),
+                (plan.kv_heads, plan.v_dim),
+            )
         )
         store(cache, index, 0, q[0], k[0], v[0])
     cache.commit()

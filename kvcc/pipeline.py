@@ -37,12 +37,6 @@ class Compiled:
     plan: Plan
     tables: dict[str, Tensor]
     reports: tuple[PassReport, ...]
-    elements_per_token: int
-
-    @property
-    def bits_per_element(self) -> float:
-        """Bits per element of the uncompressed cache, metadata included, windows not."""
-        return self.plan.bits_per_element(self.elements_per_token)
 
 
 def run_passes(
@@ -71,9 +65,7 @@ def run_passes(
         if on_pass is not None:
             on_pass(report)
     module = lower(compilation.graph.module)
-    return Compiled(
-        module, compilation.plan, compilation.tables, tuple(reports), compilation.elements_per_token
-    )
+    return Compiled(module, compilation.plan, compilation.tables, tuple(reports))
 
 
 def _run(pass_: Pass, compilation: Compilation) -> PassReport:

@@ -101,7 +101,8 @@ def _passes(node: yaml.Node, origin: str) -> tuple[list[Pass], list[int]]:
     for entry in node.value:
         line = _line(entry)
         if isinstance(entry, yaml.ScalarNode):
-            name, parameters = str(entry.value), {}
+            name = str(entry.value)
+            parameters: Any = {}
         else:
             fields = _mapping(entry, origin, "a pass")
             if len(fields) != 1:
@@ -149,7 +150,9 @@ def _plain(node: yaml.Node, origin: str) -> Any:
     try:
         return yaml.safe_load(yaml.serialize(node))
     except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}:{_line(node)}: not plain data: {getattr(error, 'problem', error)}") from error
+        raise RecipeError(
+            f"{origin}:{_line(node)}: not plain data: {getattr(error, 'problem', error)}"
+        ) from error
 
 
 def _line(node: yaml.Node) -> int:

@@ -103,7 +103,7 @@ def report_facts(
         "recipe": dict(recipe),
         "provenance": dict(provenance),
         "bytes_per_token": plan.bytes_per_token(),
-        "fp16_bytes_per_token": sum(2 * p.exact_elements for p in paged),  # of the same layers
+        "fp16_bytes_per_token": sum(2 * p.model_elements for p in paged),  # of the same layers
         "bits_per_element": plan.bits_per_element() if paged else None,
         "smaller_from_tokens": even,
         "layers": [_layer(i, p, layout) for i, (p, layout) in enumerate(zip(plan.layers, layouts))],
@@ -150,7 +150,7 @@ def _layer(index: int, plan: LayerPlan, layout: PageLayout | None) -> Facts:
         "stored": f"K {' / '.join(k)}; V {' / '.join(v)}",
         "k_bytes": sum(p[0] for p in parts) / plan.page,
         "v_bytes": sum(p[1] for p in parts) / plan.page,
-        "fp16_bytes": 2 * plan.exact_elements,
+        "fp16_bytes": 2 * plan.model_elements,
         "heads": [
             {"k_bits": 8 * a / (plan.page * plan.k_dim), "v_bits": 8 * b / (plan.page * plan.v_dim)}
             for a, b in parts

@@ -133,7 +133,8 @@ def _send(x: Tensor, path: Iterable[fx.Node]) -> Tensor:
 
 def attribute(module: fx.GraphModule, node: Any) -> Tensor:
     """The parameter or buffer a get_attr node names."""
-    assert isinstance(node, fx.Node) and node.op == "get_attr"
+    assert isinstance(node, fx.Node)
+    assert node.op == "get_attr"
     found: Any = module
     for part in str(node.target).split("."):
         found = getattr(found, part)

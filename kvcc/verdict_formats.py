@@ -9,7 +9,7 @@ from kvcc.gates import GateResult
 
 
 def _text_rows(verdict: Verdict) -> list[tuple[str, ...]]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for text in verdict.texts:
         for bucket, label in [
             *((b, f"{b.first} to {b.last - 1}") for b in text.buckets),
@@ -29,7 +29,7 @@ def _text_rows(verdict: Verdict) -> list[tuple[str, ...]]:
 
 
 def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("bits per element", f"{verdict.bits_per_element:.3f}"),
         ("bytes per sealed token", f"{verdict.bytes_per_token:,.0f}"),
         ("the same in fp16", f"{verdict.uncompressed_bytes_per_token:,}"),
@@ -47,7 +47,7 @@ def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
 
 
 def _other_rows(verdict: Verdict) -> list[tuple[str, ...]]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             f"{r.kind}, {r.tokens} tokens, question {'visible' if r.question_visible else 'hidden'}",
             f"{r.score:.0f} %",

@@ -1,4 +1,4 @@
-"""One file per method. The registry maps a pass's name to its class; a module is imported when its pass is asked for."""
+"""One file per method. The registry maps a name to a class, whose module is imported when it is asked for."""
 
 from importlib import import_module
 
@@ -20,5 +20,6 @@ def pass_class(name: str) -> type[Pass]:
         raise RecipeError(f"unknown pass {name!r}; known passes: {', '.join(sorted(REGISTRY))}")
     module, _, class_name = REGISTRY[name].partition(":")
     found = getattr(import_module(module), class_name)
-    assert isinstance(found, type) and issubclass(found, Pass)
+    assert isinstance(found, type)
+    assert issubclass(found, Pass)
     return found

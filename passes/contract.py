@@ -42,7 +42,6 @@ class Compilation:
     graph: Graph
     profile: Profile | None
     plan: Plan
-    elements_per_token: int  # cached elements of the uncompressed model's full-attention layers
     tables: dict[str, Tensor] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
 
@@ -57,7 +56,9 @@ class Compilation:
     def update(self, layer: int, **changes: Any) -> None:
         """Replace fields of one layer's plan. Raises PassError when the result contradicts itself."""
         try:
-            changed = LayerPlan.model_validate(self.plan.layers[layer].model_copy(update=changes).model_dump())
+            changed = LayerPlan.model_validate(
+                self.plan.layers[layer].model_copy(update=changes).model_dump()
+            )
         except ValueError as error:
             raise PassError(f"layer {layer}: {error}") from error
         layers = (*self.plan.layers[:layer], changed, *self.plan.layers[layer + 1 :])
@@ -121,5 +122,4 @@ def exact_plan(graph: Graph, windows: Windows) -> Plan:
 
 def start(graph: Graph, profile: Profile | None, windows: Windows) -> Compilation:
     """A compilation that has seen no pass yet."""
-    plan = exact_plan(graph, windows)
-    return Compilation(graph, profile, plan, sum(p.exact_elements for p in plan.layers if p.page))
+    return Compilation(graph, profile, exact_plan(graph, windows))

@@ -41,7 +41,10 @@ class FoldValues(Pass):
             if self.mean:
                 mean = compilation.need_profile(self.name).v_mean(index)
             fold_value_map(compilation, v, out, mean, basis)
-            what = [*(["mean"] if self.mean else []), *([f"{self.basis} basis"] if self.basis != "native" else [])]
+            what = [
+                *(["mean"] if self.mean else []),
+                *([f"{self.basis} basis"] if self.basis != "native" else []),
+            ]
             self.note(compilation, index, f"V {' and '.join(what) or 'nothing'} folded into W_v, W_o and b_o")
         tidy(module)
 

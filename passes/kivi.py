@@ -27,12 +27,16 @@ class Kivi(Pass):
     k_bits: Bits = Field(2, description="bits per K code")
     v_bits: Bits = Field(2, description="bits per V code")
     group_size: int = Field(32, ge=8, description="tokens (K) or channels (V) that share a scale and a zero")
-    residual: int | None = Field(None, ge=0, description="recent tokens kept exact; default: the recipe's windows")
+    residual: int | None = Field(
+        None, ge=0, description="recent tokens kept exact; default: the recipe's windows"
+    )
 
     def apply(self, compilation: Compilation) -> None:
         for index, layer in enumerate(compilation.plan.layers):
             if not layer.page:
-                self.note(compilation, index, f"sliding window of {layer.window} tokens stays exact", fired=False)
+                self.note(
+                    compilation, index, f"sliding window of {layer.window} tokens stays exact", fired=False
+                )
                 continue
             self._check(index, layer)
             heads = tuple(self._head(head) for head in layer.heads)

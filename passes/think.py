@@ -48,7 +48,9 @@ class Think(Pass):
     def apply(self, compilation: Compilation) -> None:
         for index, plan in enumerate(compilation.plan.layers):
             if not plan.page:
-                self.note(compilation, index, f"sliding window of {plan.window} tokens stays exact", fired=False)
+                self.note(
+                    compilation, index, f"sliding window of {plan.window} tokens stays exact", fired=False
+                )
         if self.mode == "request":
             self._request(compilation)
         else:
@@ -60,7 +62,9 @@ class Think(Pass):
 
     def _request(self, compilation: Compilation) -> None:
         if self.allocation == "global":
-            raise PassError("think: mode request keeps the same number of channels everywhere; use allocation: uniform")
+            raise PassError(
+                "think: mode request keeps the same number of channels everywhere; use allocation: uniform"
+            )
         for index in compilation.paged():
             layer = compilation.plan.layers[index]
             kept = uniform(layer.kv_heads, layer.k_dim, self.keep_ratio)
@@ -73,7 +77,7 @@ class Think(Pass):
         if self.allocation == "global":
             counts = allocate(list(costs), self.keep_ratio)
         else:
-            counts = [uniform(*order.shape, self.keep_ratio) for order in orders]
+            counts = [uniform(len(order), order.shape[1], self.keep_ratio) for order in orders]
         for index, order, kept in zip(layers, orders, counts):
             if self.mode == "fold":
                 self._fold(compilation, index, order, kept)
@@ -117,7 +121,11 @@ class Think(Pass):
             kept = [max(kept)] * len(kept)
         groups = torch.stack([_kept_first(row, n)[:n] for row, n in zip(order, kept)])
         width = drop_pairs(compilation, index, groups)
-        self.note(compilation, index, f"K keeps {width} of {layer.k_dim} channels, for every token, folded into W_q and W_k")
+        self.note(
+            compilation,
+            index,
+            f"K keeps {width} of {layer.k_dim} channels, for every token, folded into W_q and W_k",
+        )
 
 
 def _has_rope(compilation: Compilation, index: int) -> bool:

@@ -141,14 +141,15 @@ def _recent_slots(layer: LayerCache, row: int, length: int) -> Tensor:
 def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
     """Seal k, v [Hkv, pages * page, D], the oldest recent tokens of one sequence."""
     layer = cache.layers[index]
-    assert layer.layout is not None and layer.pool is not None
+    assert layer.layout is not None
+    assert layer.pool is not None
     count = k.shape[1] // layer.plan.page
     order = _channels(cache, index, slice(row, row + 1))
     if order is not None:  # [1, Hkv, C]
         k = k.gather(-1, order[0][:, None].expand(-1, k.shape[1], -1))
     ids = layer.add_pages(row, count)
-    paged = (x.unflatten(1, (count, layer.plan.page)).transpose(0, 1) for x in (k, v))
-    cache.backend.seal(layer.layout, *paged, layer.pool, ids)
+    k, v = (x.unflatten(1, (count, layer.plan.page)).transpose(0, 1) for x in (k, v))
+    cache.backend.seal(layer.layout, k, v, layer.pool, ids)
 
 
 def _channels(cache: Cache, index: int, rows: slice) -> Tensor | None:
@@ -191,5 +192,3 @@ def select_channels(layer: LayerCache, row: int, q: Tensor, k: Tensor) -> None:
     if layer.selected is None:
         layer.selected = chosen.new_zeros(len(layer.pages), kv_heads, kept)
     layer.selected[row] = chosen
-
-

@@ -134,13 +134,20 @@ class Cache:
 
     def _reserve(self, tokens: list[int]) -> None:
         missing = [
-            max(0, sum(layer.plan.sealed(n) // layer.plan.page for n in tokens) - layer.pool.used - layer.pool.spare)
+            max(
+                0,
+                sum(layer.plan.sealed(n) // layer.plan.page for n in tokens)
+                - layer.pool.used
+                - layer.pool.spare,
+            )
             if layer.pool is not None
             else 0
             for layer in self.layers
         ]
         extra = sum(
-            pages * layer.pool.page_bytes for pages, layer in zip(missing, self.layers) if layer.pool is not None
+            pages * layer.pool.page_bytes
+            for pages, layer in zip(missing, self.layers)
+            if layer.pool is not None
         )
         if not extra:
             return
@@ -162,7 +169,9 @@ class Cache:
             slots = [n if n < plan.sinks else plan.sinks + (n - plan.sinks) % plan.ring for n in self.lengths]
             after = [n + 1 for n in self.lengths]
             sealed = [plan.sealed(n if plan.page else n + 1) for n in self.lengths]
-            full = [row for row, n in enumerate(self.lengths) if plan.page and plan.sealed(n + 1) > plan.sealed(n)]
+            full = [
+                row for row, n in enumerate(self.lengths) if plan.page and plan.sealed(n + 1) > plan.sealed(n)
+            ]
             self._decode_steps[key] = DecodeStep(
                 torch.arange(self.batch, device=self.device),
                 torch.tensor(slots, device=self.device),

@@ -52,7 +52,9 @@ def encode(model: CompiledModel, prompt: Prompt) -> list[int]:
     tokenizer = _tokenizer(model)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    return tokenizer.encode(tokenizer.chat([dict(m) for m in prompt if isinstance(m, dict)]), special_tokens=False)
+    return tokenizer.encode(
+        tokenizer.chat([dict(m) for m in prompt if isinstance(m, dict)]), special_tokens=False
+    )
 
 
 def stream(
@@ -179,4 +181,3 @@ def _tokenizer(model: CompiledModel) -> Tokenizer:
     if model.tokenizer is None:
         raise DataError(f"{model.identity.name} was exported without a tokenizer; give token ids")
     return model.tokenizer
-

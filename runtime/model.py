@@ -103,4 +103,6 @@ class CompiledModel:
                 )
             bad = next((t for t in new if not 0 <= t < self.identity.vocab_size), None)
             if bad is not None:
-                raise DataError(f"sequence {row}: token {bad} is outside the vocabulary of {self.identity.vocab_size}")
+                raise DataError(
+                    f"sequence {row}: token {bad} is outside the vocabulary of {self.identity.vocab_size}"
+                )

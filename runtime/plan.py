@@ -1,4 +1,4 @@
-"""The Plan: what is stored for each cached token, per layer and KV head. Pure data; every byte count follows from it."""
+"""The Plan: what is stored for each cached token, per layer and KV head. Every byte count follows from it."""
 
 from typing import Any, Literal
 
@@ -24,11 +24,12 @@ class HeadPlan(_Data):
 
 
 class LayerPlan(_Data):
-    """One attention layer's cache: `sinks` exact tokens, sealed pages of `page` tokens, at least `recent` exact ones.
+    """One attention layer's cache: `sinks` exact tokens, pages of `page` tokens, at least `recent` exact ones.
 
-    A layer with sliding-window attention has no pages (page 0) and keeps its last `window` tokens, exact. `select` says where the K channels of a page come from: "all" keeps the model's
-    order; "static" takes table `layers.N.k_channels`; "request" chooses per sequence (ThinK as published).
-    With `mean_correction`, table `layers.N.k_mean` restores the pruned channels' share of body logits.
+    A layer with sliding-window attention has no pages (page 0) and keeps its last `window` tokens, exact.
+    `select` says where the K channels of a page come from: "all" keeps the model's order; "static" takes table
+    `layers.N.k_channels`; "request" chooses per sequence (ThinK as published). With `mean_correction`, table
+    `layers.N.k_mean` restores the pruned channels' share of body logits.
     """
 
     q_heads: PositiveInt
@@ -42,6 +43,9 @@ class LayerPlan(_Data):
     select: Literal["all", "static", "request"] = "all"
     mean_correction: bool = False
     heads: tuple[HeadPlan, ...] = ()
+    elements: PositiveInt | None = (
+        None  # of one token in the uncompressed model, where folds made it narrower
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "LayerPlan":
@@ -78,13 +82,16 @@ class LayerPlan(_Data):
         """Elements of one exact token, K and V, all KV heads."""
         return self.kv_heads * (self.k_dim + self.v_dim)
 
+    @property
+    def model_elements(self) -> int:
+        """Elements of one token in the uncompressed model, K and V, all KV heads."""
+        return self.elements or self.exact_elements
+
     def layout(self, half: torch.dtype) -> PageLayout | None:
         """The page record, or None for a layer without pages. Raises PlanError when it does not come out even."""
         if not self.page:
             return None
-        return page_layout(
-            self.page, tuple(h.k for h in self.heads), tuple(h.v for h in self.heads), half
-        )
+        return page_layout(self.page, tuple(h.k for h in self.heads), tuple(h.v for h in self.heads), half)
 
     def sealed(self, tokens: int) -> int:
         """How many of a sequence's first `tokens` tokens are in sealed pages (or forgotten by a sliding window)."""
@@ -144,22 +151,20 @@ class Plan(_Data):
         Sliding-window layers hold at most their window there, too.
         """
         return sum(
-            (min(tokens, p.window) if p.window else tokens) * p.exact_elements * itemsize
-            for p in self.layers
+            (min(tokens, p.window) if p.window else tokens) * p.model_elements * itemsize for p in self.layers
         )
 
-    def bits_per_element(self, elements: int | None = None) -> float:
-        """Bits per cached element of sealed pages, metadata included; `elements` per token when folds narrowed the plan."""
-        paged = [i for i, p in enumerate(self.layers) if not p.window]
-        if not paged:
-            return 0.0
-        count = elements or sum(
-            self.layers[i].exact_elements for i in paged
-        )
-        return 8 * sum(self.layer_bytes_per_token(i) for i in paged) / count
+    def uncompressed_bytes_per_token(self, itemsize: int = 2) -> int:
+        """What `bytes_per_token` is without compression; sliding-window layers count 0 here as there."""
+        return sum(p.model_elements * itemsize for p in self.layers if p.page)
+
+    def bits_per_element(self) -> float:
+        """Bits per element of the uncompressed model's cache in sealed pages, metadata included, windows not."""
+        elements = self.uncompressed_bytes_per_token(itemsize=1)
+        return 8 * self.bytes_per_token() / elements if elements else 0.0
 
     def break_even(self, itemsize: int = 2, limit: int = 1 << 20) -> int | None:
-        """The least context length from which this cache is smaller than an ordinary one; None if never below `limit`."""
+        """The least context length (tokens) from which this cache is the smaller one; None if not below `limit`."""
         step = max((p.page for p in self.layers), default=0) or 1
         if self.cache_bytes(limit) >= self.uncompressed_bytes(limit, itemsize):
             return None

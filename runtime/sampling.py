@@ -27,13 +27,16 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-    """One token for each row of logits [B, V]; row i draws from generators[i], so batches do not change a row's draw."""
+    """One token a row of logits [B, V]; row i draws from generators[i], so a batch does not change its draw."""
     if sampling.temperature == 0:
         greedy: list[int] = logits.argmax(-1).tolist()
         return greedy
-    probabilities = filtered(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1).cpu()
+    probabilities = (
+        filtered(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p).softmax(-1).cpu()
+    )
     return [
-        int(torch.multinomial(row, 1, generator=generator)) for row, generator in zip(probabilities, generators)
+        int(torch.multinomial(row, 1, generator=generator))
+        for row, generator in zip(probabilities, generators)
     ]
 
 

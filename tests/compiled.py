@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kvcc.calibration import PromptSet, TokenPrompt, calibrate
-from kvcc.pipeline import Compiled, run_passes
 from kvcc.frontend import reference_logits
 from kvcc.kernels import reference
 from kvcc.kernels.protocol import Backend
+from kvcc.pipeline import Compiled, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe, parse_recipe
 from kvcc.runtime.model import CompiledModel
@@ -59,7 +59,9 @@ def stepwise(model: CompiledModel, rows: Sequence[Sequence[int]], cuts: Sequence
     for last in [*cuts, max(map(len, rows))]:
         parts = [row[first:last] for row in rows]
         if any(parts):
-            for out, piece in zip(outs, model.forward(parts, cache, every=True).split([len(p) for p in parts])):
+            for out, piece in zip(
+                outs, model.forward(parts, cache, every=True).split([len(p) for p in parts])
+            ):
                 out.append(piece)
         first = last
     return [torch.cat(out) for out in outs]

@@ -51,13 +51,19 @@ def test_uniform_counts(ratio: float, kept: int) -> None:
 
 @given(st.integers(0, 200), st.floats(0.2, 1.0))
 def test_a_global_budget_is_met_and_takes_the_cheapest(seed: int, ratio: float) -> None:
-    costs = [torch.rand(2, 8, generator=torch.Generator().manual_seed(seed + i)).sort(-1).values for i in range(3)]
+    costs = [
+        torch.rand(2, 8, generator=torch.Generator().manual_seed(seed + i)).sort(-1).values for i in range(3)
+    ]
     kept = allocate(costs, ratio)
     total = 3 * 2 * 8
     assert sum(map(sum, kept)) == max(int(ratio * total + 1e-9), 3 * 2)
     assert all(1 <= n <= 8 for layer in kept for n in layer)
-    gone = [c for cost, layer in zip(costs, kept) for row, n in zip(cost, layer) for c in row[: 8 - n].tolist()]
-    left = [c for cost, layer in zip(costs, kept) for row, n in zip(cost, layer) for c in row[8 - n : 7].tolist()]
+    gone = [
+        c for cost, layer in zip(costs, kept) for row, n in zip(cost, layer) for c in row[: 8 - n].tolist()
+    ]
+    left = [
+        c for cost, layer in zip(costs, kept) for row, n in zip(cost, layer) for c in row[8 - n : 7].tolist()
+    ]
     assert max(gone, default=0) <= min(left, default=1)
 
 

@@ -155,7 +155,7 @@ def test_capture_restores_the_model() -> None:
 # --------------------------------------------------------------------------- the marker op
 
 
-def naive_attention(  # noqa: PLR0917
+def naive_attention(
     q: Tensor, k: Tensor, v: Tensor, keep: Tensor, sinks: Tensor | None, scale: float, cap: float
 ) -> Tensor:
     """One query at a time, in float64."""

@@ -75,7 +75,9 @@ def test_passes_explain_themselves() -> None:
 # fold-values
 
 
-@pytest.mark.parametrize("setting", ["{}", "{basis: pca}", "{basis: hadamard}", "{mean: false, basis: hadamard}"])
+@pytest.mark.parametrize(
+    "setting", ["{}", "{basis: pca}", "{basis: hadamard}", "{mean: false, basis: hadamard}"]
+)
 @pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"gpt_oss"}))
 def test_fold_values_is_exact(architecture: str, setting: str) -> None:
     row = tokens(30)[0]
@@ -133,7 +135,9 @@ def test_projections_are_found_by_moving_row_numbers(architecture: str) -> None:
 @pytest.mark.parametrize("mode", ["slice", "fold", "request"])
 def test_keeping_everything_changes_nothing(mode: str) -> None:
     row = tokens(40)[0]
-    logits = stepwise(runnable("qwen2", recipe(f"\n  - think: {{keep_ratio: 1.0, mode: {mode}}}")), [row], [25, 26])[0]
+    logits = stepwise(
+        runnable("qwen2", recipe(f"\n  - think: {{keep_ratio: 1.0, mode: {mode}}}")), [row], [25, 26]
+    )[0]
     torch.testing.assert_close(logits, transformers_logits("qwen2", row), atol=2e-4, rtol=1e-3)
 
 
@@ -243,21 +247,30 @@ def test_values_are_pruned_through_the_weights() -> None:
         out = output_projection(graph.module, node, 4, 16)
         from kvcc.surgery import attribute
 
-        gain = attribute(graph.module, out.weight).double()[:, out.index].square().sum(0).view(2, 2, 16).sum(1)
+        gain = (
+            attribute(graph.module, out.weight).double()[:, out.index].square().sum(0).view(2, 2, 16).sum(1)
+        )
         score = profile.v_cov(index).diagonal(dim1=1, dim2=2) * gain
         keep = score >= score.sort(-1).values[:, 8:][:, :1]
         mean = (profile.v_mean(index) * ~keep).float()[None, :, None]
         with graph.module.graph.inserting_before(node):
-            kept = graph.module.graph.call_function(torch.ops.aten.mul.Tensor, (node.args[2], keep.float()[None, :, None]))
+            kept = graph.module.graph.call_function(
+                torch.ops.aten.mul.Tensor, (node.args[2], keep.float()[None, :, None])
+            )
             filled = graph.module.graph.call_function(torch.ops.aten.add.Tensor, (kept, mean))
         node.update_arg(2, filled)
     ids = torch.tensor([row])
     inputs = (ids, torch.arange(30)[None], torch.ones_like(ids), torch.arange(30))
-    torch.testing.assert_close(pruned, torch.fx.Interpreter(graph.module).run(*inputs)[0], atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        pruned, torch.fx.Interpreter(graph.module).run(*inputs)[0], atol=2e-4, rtol=1e-3
+    )
 
 
 def test_fewer_channels_cost_fewer_bytes() -> None:
-    sizes = [compiled("llama", recipe(f"\n  - think: {{keep_ratio: {r}}}")).plan.bytes_per_token() for r in (1, 0.75, 0.5)]
+    sizes = [
+        compiled("llama", recipe(f"\n  - think: {{keep_ratio: {r}}}")).plan.bytes_per_token()
+        for r in (1, 0.75, 0.5)
+    ]
     assert sizes == sorted(sizes, reverse=True)
     both = compiled("llama", recipe("\n  - think: {keep_ratio: 0.5}\n  - kivi: {group_size: 8}")).plan
     k = both.layers[0].heads[0].k

@@ -10,10 +10,19 @@ from kvcc.recipe import load_recipe, parse_recipe, shipped
 REFUSED = {
     "typo in a pass": ("passes:\n  - kivvi: {}\n", r"r.yaml:2: unknown pass 'kivvi'; known passes: .*kivi"),
     "unknown parameter": ("passes:\n  - kivi: {bits: 4}\n", r"r.yaml:2: kivi: bits: .*parameters: k_bits"),
-    "value out of range": ("passes:\n  - kivi: {k_bits: 5}\n", r"r.yaml:2: kivi: k_bits: Input should be 2, 3, 4 or 8"),
+    "value out of range": (
+        "passes:\n  - kivi: {k_bits: 5}\n",
+        r"r.yaml:2: kivi: k_bits: Input should be 2, 3, 4 or 8",
+    ),
     "wrong type": ("passes:\n  - think:\n      keep_ratio: many\n", r"r.yaml:2: think: keep_ratio: .*number"),
-    "ratio above one": ("passes:\n  - think: {keep_ratio: 1.5}\n", r"r.yaml:2: think: keep_ratio: .*less than or equal"),
-    "impossible order": ("passes:\n  - kivi: {}\n  - think: {}\n", r"r.yaml:2: kivi must come after think; swap them"),
+    "ratio above one": (
+        "passes:\n  - think: {keep_ratio: 1.5}\n",
+        r"r.yaml:2: think: keep_ratio: .*less than or equal",
+    ),
+    "impossible order": (
+        "passes:\n  - kivi: {}\n  - think: {}\n",
+        r"r.yaml:2: kivi must come after think; swap them",
+    ),
     "twice": ("passes:\n  - kivi: {}\n  - kivi: {}\n", r"r.yaml:3: kivi appears twice"),
     "no passes": ("name: x\n", r"r.yaml:1: a recipe needs `passes`"),
     "passes not a list": ("passes: {kivi: {}}\n", r"r.yaml:1: `passes` must be a list"),
@@ -23,7 +32,10 @@ REFUSED = {
     "empty": ("", r"r.yaml:1: a recipe must be"),
     "bad window": ("windows: {page: 12}\npasses: []\n", r"r.yaml:1: windows: page: .*multiple of 8"),
     "a Python object": ("passes: !!python/object/apply:os.system ['true']\n", r"r.yaml:1: "),
-    "an object as parameter": ("passes:\n  - kivi: {k_bits: !!python/name:os.system }\n", r"r.yaml:2: not plain data"),
+    "an object as parameter": (
+        "passes:\n  - kivi: {k_bits: !!python/name:os.system }\n",
+        r"r.yaml:2: not plain data",
+    ),
 }
 
 

@@ -35,7 +35,9 @@ def _recipe(name: str):
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [(name, "prefill then decode") for name in ARCHITECTURES] + [("llama", s) for s in SPLITS] + [("gemma2", "chunks")],
+    [(name, "prefill then decode") for name in ARCHITECTURES]
+    + [("llama", s) for s in SPLITS]
+    + [("gemma2", "chunks")],
 )
 def test_exact_recipe_equals_transformers(name: str, split: str) -> None:
     rows = tokens(37, 20, 15, 1)  # 2 sinks + 4 recent + pages of 8: short of, at, and beyond page borders
@@ -83,7 +85,9 @@ def test_chunked_prefill_is_exact_for_the_exact_recipe() -> None:
     rows = tokens(37, 20)
     whole = model.forward(rows, model.new_cache(2))
     for chunk in (1, 5, 8, 36, 37, 100):
-        torch.testing.assert_close(model.forward(rows, model.new_cache(2), chunk=chunk), whole, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.forward(rows, model.new_cache(2), chunk=chunk), whole, atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -162,7 +166,9 @@ def test_only_one_layer_s_exact_keys_live_at_a_time() -> None:
     assert max(alive) == 0
 
 
-@pytest.mark.parametrize("options", [{"temperature": 0.8}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"temperature": 0.8}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}]
+)
 def test_sampling_does_not_depend_on_the_batch(options: dict) -> None:
     model = runnable("llama", recipe())
     prompts = tokens(9, 9)

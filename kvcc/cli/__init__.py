@@ -34,7 +34,8 @@ def cli() -> None:
 def main() -> None:
     """Run the command line; a KvccError becomes one line on stderr and its own exit status."""
     try:
-        cli(standalone_mode=False)
+        status = cli(standalone_mode=False, prog_name="kvcc")
+        sys.exit(status if isinstance(status, int) else 0)  # what a command gave to ctx.exit
     except click.exceptions.Exit as exit_:
         sys.exit(exit_.exit_code)
     except click.ClickException as error:

@@ -17,7 +17,9 @@ from rich.progress import (
 out = Console()
 err = Console(stderr=True)
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document and nothing else.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON document and nothing else."
+)
 
 
 def print_json(data: Any) -> None:
@@ -43,8 +45,8 @@ def size(nbytes: float) -> str:
     """Bytes for people: 6,480 B, 25.3 MiB."""
     if nbytes < 10_000:
         return f"{nbytes:,.0f} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        nbytes /= 1024
-        if nbytes < 1000:
-            break
+    units = iter(("KiB", "MiB", "GiB"))
+    nbytes, unit = nbytes / 1024, next(units)
+    while nbytes >= 1000 and unit != "GiB":
+        nbytes, unit = nbytes / 1024, next(units)
     return f"{nbytes:,.1f} {unit}"

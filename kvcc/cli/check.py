@@ -11,19 +11,43 @@ from kvcc.errors import DataError
 @click.command("check")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The model it was compiled from.")
-@click.option("--data", multiple=True, default=("prose",), show_default=True, help="prose, code, or a prompt file.")
-@click.option("--gates", type=click.Path(path_type=Path), help="YAML file of gates; without it nothing can fail.")
-@click.option("--texts", default=4, show_default=True, type=click.IntRange(min=1), help="Sequences of each kind.")
-@click.option("--length", default=1536, show_default=True, type=click.IntRange(min=2), help="Tokens of a sequence.")
-@click.option("--context", default=1024, show_default=True, type=click.IntRange(min=1), help="Of these, prefilled.")
-@click.option("--retrieval", default="1024", show_default=True, help="Context lengths, comma-separated; 0 for none.")
+@click.option(
+    "--data", multiple=True, default=("prose",), show_default=True, help="prose, code, or a prompt file."
+)
+@click.option(
+    "--gates", type=click.Path(path_type=Path), help="YAML file of gates; without it nothing can fail."
+)
+@click.option(
+    "--texts", default=4, show_default=True, type=click.IntRange(min=1), help="Sequences of each kind."
+)
+@click.option(
+    "--length", default=1536, show_default=True, type=click.IntRange(min=2), help="Tokens of a sequence."
+)
+@click.option(
+    "--context", default=1024, show_default=True, type=click.IntRange(min=1), help="Of these, prefilled."
+)
+@click.option(
+    "--retrieval", default="1024", show_default=True, help="Context lengths, comma-separated; 0 for none."
+)
 @click.option("--retrieval-tasks", default=4, show_default=True, type=click.IntRange(min=1))
-@click.option("--greedy", default=64, show_default=True, type=click.IntRange(min=0), help="Tokens to continue; 0 for none.")
+@click.option(
+    "--greedy",
+    default=64,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Tokens to continue; 0 for none.",
+)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"]))
+@click.option(
+    "--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"])
+)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit XML file.")
-@click.option("--markdown", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file.")
-@click.option("--store", is_flag=True, help="Keep the result in the artifact (accuracy.json and report.html).")
+@click.option(
+    "--markdown", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file."
+)
+@click.option(
+    "--store", is_flag=True, help="Keep the result in the artifact (accuracy.json and report.html)."
+)
 @json_option
 @click.pass_context
 def command(
@@ -52,7 +76,13 @@ def command(
 
     limits = load_gates(gates) if gates else None
     size = CheckSize(
-        texts, length, context, _lengths(retrieval), retrieval_tasks, greedy_prompts=texts if greedy else 0, greedy_tokens=greedy
+        texts,
+        length,
+        context,
+        _lengths(retrieval),
+        retrieval_tasks,
+        greedy_prompts=texts if greedy else 0,
+        greedy_tokens=greedy,
     )
     with progress(as_json) as bar:
         tasks: dict[str, object] = {}
@@ -63,7 +93,14 @@ def command(
             bar.update(tasks[what], completed=done)  # type: ignore[arg-type]
 
         verdict = check(
-            artifact, against, gates=limits, data=data, size=size, seed=seed, backend=backend, on_progress=on_progress
+            artifact,
+            against,
+            gates=limits,
+            data=data,
+            size=size,
+            seed=seed,
+            backend=backend,
+            on_progress=on_progress,
         )
     if store:
         store_accuracy(artifact, verdict)

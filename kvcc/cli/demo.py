@@ -34,7 +34,9 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
             output,
             model or MODEL,
             recipe or RECIPES,
-            say=(lambda text: None) if as_json else (lambda text: bar.console.print(text, highlight=False, markup=False)),
+            say=(lambda text: None)
+            if as_json
+            else (lambda text: bar.console.print(text, highlight=False, markup=False)),
             on_progress=on_progress,
         )
     if as_json:
@@ -43,9 +45,18 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
     first = output / f"{rows[0].recipe}.kvcc"
     out.print(f"\n[bold]{QUESTION}[/]  ({rows[0].recipe})")
     _generate(first, QUESTION)
-    table = Table(title="cache of one sequence, exact windows included; accuracy on held-out prose, through the real cache")
+    table = Table(
+        title="cache of one sequence, exact windows included; accuracy on held-out prose, through the real cache"
+    )
     table.add_column("recipe")
-    for column in ("bits per element", *(f"{n // 1024}k tokens" for n in LENGTHS), "allocated / planned", "perplexity", "KL", "tokens/s"):
+    for column in (
+        "bits per element",
+        *(f"{n // 1024}k tokens" for n in LENGTHS),
+        "allocated / planned",
+        "perplexity",
+        "KL",
+        "tokens/s",
+    ):
         table.add_column(column, justify="right")
     fp16 = (size(n) for n in rows[0].fp16)
     table.add_row("fp16, uncompressed", "16.00", *fp16, "", "", "", "")
@@ -60,7 +71,9 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
             f"{row.tokens_per_second:.1f}",
         )
     out.print(table)
-    out.print(f"Artifacts are in {output}; try: kvcc run {first} -p 'Hello'   or open {first / 'report.html'}")
+    out.print(
+        f"Artifacts are in {output}; try: kvcc run {first} -p 'Hello'   or open {first / 'report.html'}"
+    )
 
 
 def _generate(artifact: Path, question: str) -> None:

@@ -13,9 +13,15 @@ from kvcc.cli._console import err, json_option, out, print_json, size
 @click.command("export")
 @click.argument("model")
 @click.option("--recipe", "-r", required=True, help="A shipped recipe (see `kvcc recipes`) or a YAML file.")
-@click.option("--profile", "-p", type=click.Path(path_type=Path), help="Calibration profile (kvcc calibrate).")
-@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="Artifact folder to write.")
-@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16", "float16"]), show_default=True)
+@click.option(
+    "--profile", "-p", type=click.Path(path_type=Path), help="Calibration profile (kvcc calibrate)."
+)
+@click.option(
+    "--output", "-o", required=True, type=click.Path(path_type=Path), help="Artifact folder to write."
+)
+@click.option(
+    "--dtype", default="float32", type=click.Choice(["float32", "bfloat16", "float16"]), show_default=True
+)
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--explain", is_flag=True, help="Say for each layer what each pass did, or why it did nothing.")
 @click.option("--check", "run_check", is_flag=True, help="Measure accuracy and store it in the artifact.")
@@ -69,9 +75,9 @@ def command(
     summary = {
         "artifact": str(output),
         "recipe": chosen.name,
-        "bits_per_element": compiled.bits_per_element,
+        "bits_per_element": plan.bits_per_element(),
         "bytes_per_token": plan.bytes_per_token(),
-        "fp16_bytes_per_token": 2 * compiled.elements_per_token,
+        "fp16_bytes_per_token": plan.uncompressed_bytes_per_token(),
         "layer_bytes_per_token": [plan.layer_bytes_per_token(i) for i in range(len(plan.layers))],
         "smaller_from_tokens": plan.break_even(),
         "passes": [{"name": r.name, "seconds": r.seconds} for r in compiled.reports],
@@ -85,12 +91,17 @@ def command(
         table.add_column(column, justify="right")
     for first, last, stored, plain in _runs(summary["layer_bytes_per_token"], plan):
         span = f"{first}" if first == last else f"{first} to {last}"
-        table.add_row(span, f"{stored:,.0f}" if stored else "window", f"{plain:,}", f"{plain / stored:.2f}x" if stored else "-")
+        table.add_row(
+            span,
+            f"{stored:,.0f}" if stored else "window",
+            f"{plain:,}",
+            f"{plain / stored:.2f}x" if stored else "-",
+        )
     out.print(table)
-    total, fp16 = plan.bytes_per_token(), 2 * compiled.elements_per_token
+    total, fp16 = plan.bytes_per_token(), plan.uncompressed_bytes_per_token()
     out.print(
         f"{total:,.0f} bytes per token against {fp16:,} in fp16 ({fp16 / total:.2f}x smaller, "
-        f"{compiled.bits_per_element:.2f} bits per element with scales and zeros)"
+        f"{plan.bits_per_element():.2f} bits per element with scales and zeros)"
     )
     tokens = plan.break_even()
     out.print(
@@ -100,7 +111,9 @@ def command(
     )
     if verdict is not None:
         overall = verdict["texts"][0]["overall"]
-        out.print(f"held-out text: KL {overall['kl']:.4f}, perplexity {overall['ppl_increase_percent']:+.2f} %")
+        out.print(
+            f"held-out text: KL {overall['kl']:.4f}, perplexity {overall['ppl_increase_percent']:+.2f} %"
+        )
     out.print(f"wrote {output}")
 
 
@@ -108,7 +121,7 @@ def _runs(stored: Any, plan: Any) -> list[tuple[int, int, float, int]]:
     """Neighbouring layers that store the same: (first, last, stored bytes, fp16 bytes) per token."""
     runs: list[tuple[int, int, float, int]] = []
     for index, nbytes in enumerate(stored):
-        plain = 2 * plan.layers[index].exact_elements
+        plain = 2 * plan.layers[index].model_elements
         if runs and runs[-1][2:] == (nbytes, plain):
             runs[-1] = (runs[-1][0], index, nbytes, plain)
         else:

@@ -30,7 +30,7 @@ def command(artifact: Path, verify: bool, as_json: bool) -> None:
         "kvcc_version": manifest.kvcc_version,
         "digests": "verified" if verify else "not checked",
         "bytes_per_token": plan.bytes_per_token(),
-        "fp16_bytes_per_token": plan.uncompressed_bytes(1),
+        "fp16_bytes_per_token": plan.uncompressed_bytes_per_token(),
         "bits_per_element": plan.bits_per_element(),
         "smaller_from_tokens": plan.break_even(),
         "cache_bytes": {n: [plan.cache_bytes(n), plan.uncompressed_bytes(n)] for n in (4096, 8192)},
@@ -85,7 +85,9 @@ def _backends(plan: Any) -> dict[str, str | None]:
 def _show(facts: dict[str, Any]) -> None:
     head = Table(show_header=False)
     model = facts["model"]
-    head.add_row("model", f"{model['name']} ({model['model_type']}, {model['layers']} layers, {model['dtype']})")
+    head.add_row(
+        "model", f"{model['name']} ({model['model_type']}, {model['layers']} layers, {model['dtype']})"
+    )
     head.add_row("recipe", f"{facts['recipe']['name']}: {facts['recipe']['summary']}")
     head.add_row("digests", facts["digests"])
     ratio = facts["fp16_bytes_per_token"] / facts["bytes_per_token"] if facts["bytes_per_token"] else 1.0
@@ -100,7 +102,9 @@ def _show(facts: dict[str, Any]) -> None:
     for name, reason in facts["backends"].items():
         head.add_row(f"{name} kernels", "can run it here" if reason is None else reason)
     out.print(head)
-    table = Table("layers", "stored in sealed pages", "K channels", "sinks", "recent", "page", "bytes per token")
+    table = Table(
+        "layers", "stored in sealed pages", "K channels", "sinks", "recent", "page", "bytes per token"
+    )
     for first, last, layer in _runs(facts["layers"]):
         span = f"{first}" if first == last else f"{first} to {last}"
         table.add_row(

