@@ -5,12 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from kvcc._version import __version__
 from kvcc.artifact import write_artifact
 from kvcc.frontend import LoadedModel, capture, save_tokenizer
 from kvcc.graph import Graph
 from kvcc.pipeline import Compiled, PassReport, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe
+from kvcc.report import report_html
 
 
 def compile_model(
@@ -28,6 +32,7 @@ def compile_model(
     Returns what was packed. Raises the KvccError of whichever stage refuses; nothing half-written is left.
     """
     compiled = run_passes(graph or capture(loaded), profile, recipe, on_pass)
+    provenance = {"kvcc": __version__, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = None
         if loaded.tokenizer is not None:
@@ -45,7 +50,7 @@ def compile_model(
             passes=[_log(r) for r in compiled.reports],
             tokenizer_dir=tokenizer,
             accuracy=None,
-            report_html=None,
+            report_html=report_html(compiled.plan, loaded.identity, recipe.as_dict(), provenance, None),
             licence=None,
             overwrite=overwrite,
         )

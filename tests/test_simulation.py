@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcc.calibration_data import held_out
+from kvcc.calibration import calibrate, encode_sets
+from kvcc.calibration_data import held_out, load_prompts
 from kvcc.frontend import LoadedModel, capture, load_model, runtime_tokenizer
 from kvcc.graph import Graph, attention_nodes
 from kvcc.kernels import backend
-from kvcc.measure import TextAgreement, teacher_forced
+from kvcc.measure import TextAgreement, filled_cache_bytes, teacher_forced
 from kvcc.pipeline import run_passes
+from kvcc.profile import Profile
 from kvcc.recipe import load_recipe
 from kvcc.runtime.model import CompiledModel
 
@@ -127,19 +129,20 @@ def test_kivi_on_smollm2(recipe: str, bits: int, group: int, limit: float) -> No
     assert abs(measured - simulated) <= max(0.2 * abs(simulated), 0.1)
 
 
-def test_think_stores_a_fifth_less_than_kivi_alone() -> None:
-    from kvcc.calibration import calibrate, encode_sets
-    from kvcc.calibration_data import load_prompts
-    from kvcc.measure import filled_cache_bytes
-
+@lru_cache
+def _profile() -> Profile:
     loaded, graph = _model()
     prompts = load_prompts("prose", samples=2, length=256, seed=0)
-    profile = calibrate(graph, encode_sets(prompts, runtime_tokenizer(loaded), seed=0, length=256))
+    return calibrate(graph, encode_sets(prompts, runtime_tokenizer(loaded), seed=0, length=256))
+
+
+def test_think_stores_a_fifth_less_than_kivi_alone() -> None:
+    loaded, graph = _model()
     cpu = torch.device("cpu")
     kernels = backend("auto", cpu)
     sizes = {}
     for recipe in ("kivi-4", "think-40-kivi-4"):
-        found = run_passes(graph, profile, load_recipe(recipe))
+        found = run_passes(graph, _profile(), load_recipe(recipe))
         model = CompiledModel(
             loaded.identity, recipe, found.plan, found.module, found.tables, None, kernels, cpu
         )
@@ -148,3 +151,20 @@ def test_think_stores_a_fifth_less_than_kivi_alone() -> None:
         k = {p.channels for layer in found.plan.layers for head in layer.heads for p in head.k.planes}
         assert k == ({64} if recipe == "kivi-4" else {38})
     assert sizes["think-40-kivi-4"] <= 0.8 * sizes["kivi-4"]
+
+
+@pytest.mark.parametrize(
+    "recipe", ["exact", "kivi-4", "kivi-2", "think-40", "think-40-kivi-4", "think-40-kivi-2"]
+)
+def test_a_ragged_batch_of_real_prompts_gives_each_its_own_text(recipe: str) -> None:
+    """Lengths around the windows and pages: below 16 + 64, at a page's border, one beyond it, and well beyond."""
+    loaded, graph = _model()
+    found = run_passes(graph, _profile(), load_recipe(recipe))
+    cpu = torch.device("cpu")
+    model = CompiledModel(
+        loaded.identity, recipe, found.plan, found.module, found.tables, None, backend("auto", cpu), cpu
+    )
+    prompts = [text[:n] for text, n in zip(_texts(), (40, 143, 145, 400))]
+    together = [g.tokens for g in model.generate(prompts, max_tokens=24, ignore_eos=True)]
+    alone = [model.generate([p], max_tokens=24, ignore_eos=True)[0].tokens for p in prompts]
+    assert together == alone

@@ -46,25 +46,17 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
     out.print(f"\n[bold]{QUESTION}[/]  ({rows[0].recipe})")
     _generate(first, QUESTION)
     table = Table(
-        title="cache of one sequence, exact windows included; accuracy on held-out prose, through the real cache"
+        title="one sequence's cache, exact windows included; accuracy on held-out prose, through that cache"
     )
     table.add_column("recipe")
-    for column in (
-        "bits per element",
-        *(f"{n // 1024}k tokens" for n in LENGTHS),
-        "allocated / planned",
-        "perplexity",
-        "KL",
-        "tokens/s",
-    ):
+    for column in ("bits", *(f"{n // 1024}k tokens" for n in LENGTHS), "of plan", "ppl", "KL", "tok/s"):
         table.add_column(column, justify="right")
-    fp16 = (size(n) for n in rows[0].fp16)
-    table.add_row("fp16, uncompressed", "16.00", *fp16, "", "", "", "")
+    table.add_row("fp16, uncompressed", "16.00", *(size(n) for n in rows[0].fp16), "", "", "", "")
     for row in rows:
         table.add_row(
             row.recipe,
             f"{row.bits_per_element:.2f}",
-            *(f"{size(a)} ({f / a:.2f}x)" for a, f in zip(row.allocated, row.fp16)),
+            *(f"{size(a)}\n{f / a:.2f}x" for a, f in zip(row.allocated, row.fp16)),
             f"{100 * row.allocated[-1] / row.planned[-1]:.1f} %",
             f"{row.perplexity_increase:+.2f} %",
             f"{row.kl:.4f}",

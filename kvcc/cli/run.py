@@ -57,6 +57,10 @@ def command(
         {"role": "user", "content": text},
     ]
     timing, pieces = Timing(), []
+    if chunk is not None:
+        err.print(
+            f"[dim]prefill in chunks of {chunk} tokens: later chunks attend to pages already compressed[/]"
+        )
     stream = model.stream(
         [messages if chat else text],
         max_tokens=max_tokens,
