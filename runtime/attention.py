@@ -51,7 +51,7 @@ def _decode(
     layer.window_v[step.rows, :, step.slots] = v.transpose(0, 1)
     view = layer.view(slice(None), step.lengths, step.sealed)
     queries = q.transpose(0, 1)[:, None]  # [B, 1, Hq, D]
-    q_pages, bias = _page_queries(cache, index, slice(None), queries, scale)
+    q_pages, bias = _page_queries(layer, slice(None), queries, scale)
     out, lse = cache.backend.attend(view, queries, q_pages, scale, softcap, bias)
     for row in step.full:
         after = cache.lengths[row] + 1
@@ -95,7 +95,7 @@ def _attend_cached(
     count = torch.tensor([length], dtype=torch.int32, device=q.device)
     sealed = torch.tensor([layer.plan.sealed(length)], dtype=torch.int32, device=q.device)
     queries = q.transpose(0, 1)[None]  # [1, n, Hq, D]
-    q_pages, bias = _page_queries(cache, index, rows, queries, scale)
+    q_pages, bias = _page_queries(layer, rows, queries, scale)
     view = layer.view(rows, count, sealed)
     out, lse = cache.backend.attend(view, queries, q_pages, scale, softcap, bias)
     return out[0], lse[0]
@@ -144,38 +144,21 @@ def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
     assert layer.layout is not None
     assert layer.pool is not None
     count = k.shape[1] // layer.plan.page
-    order = _channels(cache, index, slice(row, row + 1))
-    if order is not None:  # [1, Hkv, C]
-        k = k.gather(-1, order[0][:, None].expand(-1, k.shape[1], -1))
+    if layer.channels is not None:
+        chosen = layer.channels[row if len(layer.channels) > 1 else 0]  # [Hkv, C]
+        k = k.gather(-1, chosen[:, None].expand(-1, k.shape[1], -1))
     ids = layer.add_pages(row, count)
     k, v = (x.unflatten(1, (count, layer.plan.page)).transpose(0, 1) for x in (k, v))
     cache.backend.seal(layer.layout, k, v, layer.pool, ids)
 
 
-def _channels(cache: Cache, index: int, rows: slice) -> Tensor | None:
-    """The K channels that pages store, in plane order: [1 or B, Hkv, k_channels] int64, or None for all as they are."""
-    layer = cache.layers[index]
-    if layer.layout is None or layer.plan.select == "all":
-        return None
-    if layer.plan.select == "request":
-        return None if layer.selected is None else layer.selected[rows]
-    return cache.tables[f"layers.{index}.k_channels"][None, :, : layer.layout.k_channels]
-
-
-def _page_queries(
-    cache: Cache, index: int, rows: slice, q: Tensor, scale: float
-) -> tuple[Tensor, Tensor | None]:
+def _page_queries(layer: LayerCache, rows: slice, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
     """Queries q [B, n, Hq, D] as pages want them, and what their logits lack for the pruned channels' mean."""
-    order = _channels(cache, index, rows)
-    if order is None:
+    if layer.query_channels is None:
         return q, None
-    group = q.shape[2] // order.shape[1]
-    index_ = order.repeat_interleave(group, dim=1)[:, None].expand(q.shape[0], q.shape[1], -1, -1)
-    bias = None
-    if cache.layers[index].plan.mean_correction:
-        mean = cache.tables[f"layers.{index}.k_mean"].repeat_interleave(group, dim=0)  # [Hq, D], 0 where kept
-        bias = scale * (q.float() * mean).sum(-1)
-    return q.gather(-1, index_), bias
+    index = layer.query_channels if len(layer.query_channels) == 1 else layer.query_channels[rows]
+    bias = None if layer.pruned_mean is None else scale * (q.float() * layer.pruned_mean).sum(-1)
+    return q.gather(-1, index.expand(*q.shape[:2], -1, -1)), bias
 
 
 def select_channels(layer: LayerCache, row: int, q: Tensor, k: Tensor) -> None:
@@ -189,6 +172,4 @@ def select_channels(layer: LayerCache, row: int, q: Tensor, k: Tensor) -> None:
     observed = q[:, -REQUEST_QUERIES:].float().square().unflatten(0, (kv_heads, -1)).mean((1, 2))
     score = observed * k.float().square().mean(1)  # [Hkv, D]
     chosen = score.topk(kept, dim=-1).indices.sort(-1).values
-    if layer.selected is None:
-        layer.selected = chosen.new_zeros(len(layer.pages), kv_heads, kept)
-    layer.selected[row] = chosen
+    layer.choose(row, chosen)

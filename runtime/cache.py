@@ -48,7 +48,25 @@ class LayerCache:
         self.pool = PagePool(layout.nbytes, device) if layout else None
         self.table = torch.zeros(batch, 0, dtype=torch.int64, device=device)  # page ids
         self.pages: list[list[int]] = [[] for _ in range(batch)]
-        self.selected: Tensor | None = None  # [B, Hkv, k_channels] int64: K channels chosen per request
+        # What pages store of K, in plane order (None: all, in order): [1 or B, Hkv, C] int64; the same per query
+        # head, as queries are gathered: [1 or B, 1, Hq, C]; the mean of what they leave out: [Hq, Dk] or None.
+        self.channels: Tensor | None = None
+        self.query_channels: Tensor | None = None
+        self.pruned_mean: Tensor | None = None
+
+    def use(self, channels: Tensor, mean: Tensor | None) -> None:
+        """Store K channels `channels` ([1 or B, Hkv, C]); `mean` ([Hkv, Dk]) is 0 where a channel is stored."""
+        group = self.plan.q_heads // self.plan.kv_heads
+        self.channels = channels
+        self.query_channels = channels.repeat_interleave(group, dim=1)[:, None]
+        self.pruned_mean = None if mean is None else mean.repeat_interleave(group, dim=0)
+
+    def choose(self, row: int, channels: Tensor) -> None:
+        """Store K channels `channels` ([Hkv, C]) of sequence `row`."""
+        if self.channels is None:
+            self.channels = channels.new_zeros(len(self.pages), *channels.shape)
+        self.channels[row] = channels
+        self.use(self.channels, None)
 
     def add_pages(self, row: int, count: int) -> Tensor:
         """Take `count` new pages for sequence `row`: their ids, [count] int64."""
@@ -103,7 +121,6 @@ class Cache:
     ) -> None:
         self.plan = plan
         self.backend = backend
-        self.tables = tables
         self.device = device
         self.budget = budget  # bytes for the whole batch, None for what memory allows
         self.lengths = [0] * batch
@@ -114,6 +131,11 @@ class Cache:
             LayerCache(layer, layout, batch, dtype, device)
             for layer, layout in zip(plan.layers, plan.layouts())
         ]
+        for index, layer_cache in enumerate(self.layers):
+            if layer_cache.layout is not None and layer_cache.plan.select == "static":
+                channels = tables[f"layers.{index}.k_channels"][None, :, : layer_cache.layout.k_channels]
+                mean = tables[f"layers.{index}.k_mean"] if layer_cache.plan.mean_correction else None
+                layer_cache.use(channels, mean)
         self._decode_steps: dict[tuple[int, ...], DecodeStep] = {}
 
     @property
@@ -191,8 +213,8 @@ class Cache:
             layer.pages = [layer.pages[row] for row in rows]
             layer.table = layer.table[index]
             layer.window_k, layer.window_v = layer.window_k[index], layer.window_v[index]
-            if layer.selected is not None:
-                layer.selected = layer.selected[index]
+            if layer.plan.select == "request" and layer.channels is not None:
+                layer.use(layer.channels[index], None)
         self.lengths = [self.lengths[row] for row in rows]
 
     def memory(self) -> list[LayerMemory]:

@@ -17,7 +17,7 @@ from kvcc.surgery import input_projection, output_projection
 from tests.compiled import compiled, recipe, runnable, stepwise, tiny_profile, tokens, transformers_logits
 from tests.tiny import ARCHITECTURES, tiny_graph
 
-# The smallest parameters that let a pass fit head_dim 16 and pages of 8 tokens.
+# Parameters that fit head_dim 16 and pages of 8 tokens; a pass that is not listed is run with its defaults.
 SETTINGS = {
     "kivi": ["{group_size: 8}", "{k_bits: 8, v_bits: 3, group_size: 8, residual: 0}"],
     "think": [
@@ -41,13 +41,13 @@ REFUSALS = {
 CASES = [(p, i, a) for p in REGISTRY for i in range(len(SETTINGS.get(p, ["{}"]))) for a in ARCHITECTURES]
 
 
-def test_every_pass_has_settings_to_test() -> None:
-    assert set(SETTINGS) == set(REGISTRY)
+def test_settings_are_of_passes_there_are() -> None:
+    assert set(SETTINGS) <= set(REGISTRY)
 
 
 @pytest.mark.parametrize(("name", "setting", "architecture"), CASES)
 def test_every_pass_on_every_architecture(name: str, setting: int, architecture: str) -> None:
-    chosen = recipe(f"\n  - {name}: {SETTINGS[name][setting]}")
+    chosen = recipe(f"\n  - {name}: {SETTINGS.get(name, ['{}'])[setting]}")
     refusal = REFUSALS.get((name, setting, architecture))
     if refusal is not None:
         with pytest.raises(PassError, match=rf"layer \d.*{refusal}"):
@@ -231,7 +231,7 @@ def test_request_mode_scores_the_prompt() -> None:
     for head in range(2):
         queries = torch.cat([q[0, 2 * head, -32:], q[0, 2 * head + 1, -32:]])
         score = queries.square().mean(0) * k[0, head].square().mean(0)
-        assert cache.layers[0].selected[0, head].tolist() == sorted(score.argsort()[-8:].tolist())
+        assert cache.layers[0].channels[0, head].tolist() == sorted(score.argsort()[-8:].tolist())
     assert cache.layers[0].layout.k_channels == 8
 
 
