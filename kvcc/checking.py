@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from kvcc.artifact import update_file
+from kvcc.calibration import encode_sets
 from kvcc.calibration_data import held_out, load_prompts
 from kvcc.calibration_data.retrieval_tasks import GENERATORS, Task
 from kvcc.errors import DataError
@@ -185,15 +186,9 @@ def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[
             "prose" if kind == "prose" else "code", samples=size.texts, length=size.length, seed=seed
         )
     else:
-        render = model.tokenizer.chat
-        prompts = load_prompts(
-            kind,
-            samples=size.texts,
-            length=size.length,
-            seed=seed,
-            render=lambda messages: render([*messages], add_generation_prompt=False),
-        )
-    ids = [model.tokenizer.encode(p.text or "")[: size.length] for p in prompts]
+        prompts = load_prompts(kind, samples=size.texts, length=size.length, seed=seed)
+    sets = encode_sets(prompts, model.tokenizer, seed=seed, length=size.length)
+    ids = [list(prompt.ids) for each in sets for prompt in each.prompts]
     short = [len(i) for i in ids if len(i) < size.length]
     if short:
         raise DataError(f"{kind}: a text has only {short[0]} of {size.length} tokens; use a smaller --length")

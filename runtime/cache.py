@@ -106,7 +106,7 @@ class LayerCache:
 class Cache:
     """The cache of a batch of sequences, grown by `CompiledModel.forward`.
 
-    `lengths[row]` is the number of tokens cached for a sequence. A step is `begin(counts)`, one `attention.attend`
+    `lengths[row]` is the number of tokens cached for a sequence. A step is `begin(counts)`, one `cached_attention`
     per layer, `commit()`; what does not fit is refused by `begin`, before anything has changed.
     """
 
@@ -146,38 +146,31 @@ class Cache:
         """Announce `counts[row]` new tokens for each sequence; raises CapacityError when they do not fit."""
         if len(counts) != self.batch:
             raise CapacityError(f"{len(counts)} sequences given to a cache of batch {self.batch}")
-        self._reserve([length + count for length, count in zip(self.lengths, counts)])
+        self.reserve([length + count for length, count in zip(self.lengths, counts)])
         self.counts = list(counts)
         self._decode_steps = {}
 
     def reserve(self, tokens: Sequence[int]) -> None:
-        """Allocate, in one block a layer, pages for sequences that will grow to `tokens[row]` tokens."""
-        self._reserve(list(tokens))
+        """Allocate, in one block a layer, pages for sequences that will grow to `tokens[row]` tokens.
 
-    def _reserve(self, tokens: list[int]) -> None:
-        missing = [
-            max(
-                0,
-                sum(layer.plan.sealed(n) // layer.plan.page for n in tokens)
-                - layer.pool.used
-                - layer.pool.spare,
-            )
-            if layer.pool is not None
-            else 0
+        Raises CapacityError, before anything is allocated, when they do not fit.
+        """
+        pages = {
+            plan.policy: sum(plan.sealed(n) // plan.page for n in tokens)
+            for plan in {layer.plan.policy: layer.plan for layer in self.layers if layer.plan.page}.values()
+        }
+        short = [
+            (layer.pool, missing)
             for layer in self.layers
+            if layer.pool is not None and (missing := pages[layer.plan.policy] - layer.pool.capacity) > 0
         ]
-        extra = sum(
-            pages * layer.pool.page_bytes
-            for pages, layer in zip(missing, self.layers)
-            if layer.pool is not None
-        )
-        if not extra:
+        if not short:
             return
+        extra = sum(missing * pool.page_bytes for pool, missing in short)
         _check_fits(extra, self.budget, f"{max(tokens)} tokens a sequence", self.nbytes)
-        for pages, layer in zip(missing, self.layers):
-            if layer.pool is not None and pages:
-                room = pages if self.budget is not None else max(pages, layer.pool.growth)
-                layer.pool.reserve(layer.pool.spare + room)
+        for pool, missing in short:
+            room = missing if self.budget is not None else max(missing, pool.growth)
+            pool.reserve(pool.spare + room)
 
     def commit(self) -> None:
         """End the step: the announced tokens are cached."""
@@ -186,7 +179,7 @@ class Cache:
 
     def decode_step(self, plan: LayerPlan) -> DecodeStep:
         """Where one new token for every sequence goes; the same for all layers of one policy, so made once a step."""
-        key = (plan.sinks, plan.recent, plan.page, plan.window)
+        key = plan.policy
         if key not in self._decode_steps:
             slots = [n if n < plan.sinks else plan.sinks + (n - plan.sinks) % plan.ring for n in self.lengths]
             after = [n + 1 for n in self.lengths]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -16,21 +17,29 @@ Prompt = str | Sequence[dict[str, str]] | Sequence[int]  # text, chat messages, 
 
 @dataclass(frozen=True)
 class Piece:
-    """One step of one sequence: its index in the batch, the new token, and the text that became certain."""
+    """One step of one sequence: its index in the batch, the new token, and the text that became certain.
+
+    `finish` is "stop" (end of text or a stop string) or "length" (max_tokens, or the model's context) on a sequence's
+    last piece, and empty before.
+    """
 
     index: int
     token: int
     text: str
-    finished: bool
+    finish: str
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.finish)
 
 
 @dataclass
 class Generation:
-    """What one prompt led to. `finish` is "stop" (end of text or a stop string) or "length"."""
+    """What one prompt led to; `finish` as in `Piece`."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    finish: str = "length"
+    finish: str = ""
 
 
 @dataclass
@@ -71,8 +80,9 @@ def stream(
 ) -> Iterator[Piece]:
     """Generate for a batch of prompts, yielding pieces as they come; sequences leave the batch when they finish.
 
-    A piece's text never ends in half a character, nor in what may become a stop string. Raises DataError for an
-    empty prompt and CapacityError when prompt and `max_tokens` exceed the context, before anything is computed.
+    A piece's text never ends in half a character, nor in what may become a stop string. A sequence also
+    ends where the model's context does. Raises DataError for an empty prompt and CapacityError for one that is longer
+    than the context, before anything is computed.
     """
     sampling = sampling or Sampling()
     timing = timing if timing is not None else Timing()
@@ -103,11 +113,11 @@ def stream(
             counts[index] += 1
             ended = token in eos
             text, stopped = ("", False) if ended else texts[index].push(token)
-            finished = ended or stopped or counts[index] >= room[index]
-            if finished and not stopped:
+            finish = "stop" if ended or stopped else "length" if counts[index] >= room[index] else ""
+            if finish and not stopped:
                 text += texts[index].flush()
-            yield Piece(index, token, text, finished)
-            if not finished:
+            yield Piece(index, token, text, finish)
+            if not finish:
                 going.append(row)
         timing.decode_seconds = time.perf_counter() - start
         timing.cache_tokens, timing.cache_bytes = sum(cache.lengths), cache.nbytes
@@ -120,37 +130,14 @@ def stream(
         timing.decode_tokens += len(going)
 
 
-def generate(
-    model: CompiledModel,
-    prompts: Sequence[Prompt],
-    *,
-    max_tokens: int = 128,
-    sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
-    chunk: int | None = None,
-    budget: int | None = None,
-    ignore_eos: bool = False,
-) -> list[Generation]:
-    """`stream`, collected: one Generation a prompt, in order."""
+def generate(model: CompiledModel, prompts: Sequence[Prompt], **options: Any) -> list[Generation]:
+    """`stream`, collected: one Generation a prompt, in order; options are those of `stream`."""
     results = [Generation() for _ in prompts]
-    eos = set() if ignore_eos else set(model.identity.eos_token_ids)
-    pieces = stream(
-        model,
-        prompts,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        stop=stop,
-        chunk=chunk,
-        budget=budget,
-        ignore_eos=ignore_eos,
-    )
-    for piece in pieces:
+    for piece in stream(model, prompts, **options):
         result = results[piece.index]
         result.tokens.append(piece.token)
         result.text += piece.text
-        if piece.finished:
-            by_length = len(result.tokens) >= max_tokens and piece.token not in eos
-            result.finish = "length" if by_length else "stop"
+        result.finish = piece.finish
     return results
 
 

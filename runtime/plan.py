@@ -73,6 +73,11 @@ class LayerPlan(_Data):
         return self.window or (self.recent + self.page)
 
     @property
+    def policy(self) -> tuple[int, int, int, int]:
+        """What decides where a token lies: layers that agree in it keep the same tokens in the same places."""
+        return self.sinks, self.recent, self.page, self.window
+
+    @property
     def slots(self) -> int:
         """Tokens that the exact segments have room for."""
         return self.sinks + self.ring

@@ -340,3 +340,12 @@ def test_half_precision_models_compile(call: Call, model: Path, tmp_path: Path) 
         with torch.inference_mode():
             logits = found.forward([[7] * 120], found.new_cache(1))
         assert logits.isfinite().all()
+
+
+def test_a_sequence_ends_where_the_context_does(made: Path) -> None:
+    from kvcc.runtime import load
+
+    model = load(made / "model.kvcc")
+    ended, short = model.generate([[7] * (CONTEXT - 3), [7] * 5], max_tokens=6, ignore_eos=True)
+    assert (len(ended.tokens), ended.finish) == (3, "length")
+    assert (len(short.tokens), short.finish) == (6, "length")
