@@ -16,7 +16,8 @@ import torch  # noqa: F401 - brings its OpenMP runtime first; libraries loaded l
 
 from kvcc.errors import KernelUnavailable
 
-SOURCE = Path(__file__).with_name("cpu_kernels.c")
+SOURCES = tuple(sorted(Path(__file__).parent.glob("cpu_*.c")))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("cpu_*.h")))
 FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-Wno-psabi")
 NATIVE = ("-march=native", "-mcpu=native")  # the second where the first is unknown (some ARM compilers)
 OPENMP = "-fopenmp"
@@ -86,7 +87,7 @@ def _compile(cc: str, target: Path, extra: tuple[str, ...]) -> None:
     attempts = [(native, OPENMP) for native in NATIVE] + [(native,) for native in NATIVE] + [()]
     messages = []
     for flags in attempts:
-        command = [cc, *FLAGS, *flags, *extra, "-o", str(target), str(SOURCE), "-lm"]
+        command = [cc, *FLAGS, *flags, *extra, "-o", str(target), *map(str, SOURCES), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired as error:
@@ -96,7 +97,7 @@ def _compile(cc: str, target: Path, extra: tuple[str, ...]) -> None:
                 log.warning("%s has no OpenMP: the cpu kernels will use one thread", cc)
             return
         messages.append(done.stderr.strip())
-    raise KernelUnavailable(f"{cc} cannot compile {SOURCE.name}: {_first_error(messages[0])}")
+    raise KernelUnavailable(f"{cc} cannot compile the cpu kernels: {_first_error(messages[0])}")
 
 
 def _first_error(message: str) -> str:
@@ -114,7 +115,8 @@ def _key(cc: str, extra: tuple[str, ...]) -> str:
         raise KernelUnavailable(
             f"the C compiler {cc} does not run ({error}); install another or set CC"
         ) from error
-    parts = (SOURCE.read_text(), *FLAGS, *NATIVE, OPENMP, *extra, cc, version.stdout, _processor())
+    sources = [path.read_text() for path in (*HEADERS, *SOURCES)]
+    parts = (*sources, *FLAGS, *NATIVE, OPENMP, *extra, cc, version.stdout, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

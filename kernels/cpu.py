@@ -1,4 +1,4 @@
-"""The `cpu` backend: `cpu_kernels.c`, compiled by `kvcc.kernels.build`, called on raw pointers."""
+"""The `cpu` backend: `cpu_attend.c`, compiled by `kvcc.kernels.build`, called on raw pointers."""
 
 import ctypes
 import functools
