@@ -19,6 +19,7 @@ from kvcc.frontend import LoadedModel, capture, load_model, reference_logits
 from kvcc.gates import GateResult, Gates, judge
 from kvcc.graph import Graph
 from kvcc.kernels import backend as kernel_backend
+from kvcc.kernels.linear import WeightType
 from kvcc.measure import (
     GreedyAgreement,
     RetrievalScore,
@@ -31,6 +32,7 @@ from kvcc.pipeline import run_passes
 from kvcc.recipe import load_recipe
 from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
+from kvcc.runtime.fuse import fuse
 from kvcc.runtime.tokenizer import Tokenizer
 
 EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
@@ -64,6 +66,7 @@ class Verdict:
     bytes_per_token: float
     bits_per_element: float
     uncompressed_bytes_per_token: int  # fp16
+    weights: str | None = None  # how linear layers stored theirs; None: as in the artifact
     gates: tuple[GateResult, ...] = field(default=())
 
     @property
@@ -90,19 +93,21 @@ def check(
     size: CheckSize | None = None,
     seed: int = 0,
     backend: str = "auto",
+    weights: WeightType | None = None,
     reference: CompiledModel | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:
     """Measure an artifact against the uncompressed model.
 
-    `data` names kinds of held-out text (prose, code) or prompt files as `kvcc calibrate` takes them.
+    `data` names kinds of held-out text (prose, code) or prompt files as `kvcc calibrate` takes them. `weights` stores
+    the artifact's linear layers as `load` does; the reference keeps the model's own.
     `reference` is `uncompressed(against)` when the caller has it already. `on_progress(what, done, total)` is called
     as work goes on. Raises ArtifactError, DataError, UnsupportedModel;
     a gate that does not hold is not an error here: see `Verdict.passed`.
     """
     size = size or CheckSize()
     report = on_progress or (lambda what, done, total: None)
-    model = load(artifact, backend=backend)
+    model = load(artifact, backend=backend, weights=weights)
     loaded = load_model(against, model.identity.dtype) if isinstance(against, str) else against
     if loaded.identity.digest != model.identity.digest:
         raise DataError(
@@ -140,6 +145,7 @@ def check(
         model.plan.bytes_per_token(),
         model.plan.bits_per_element(),
         model.plan.uncompressed_bytes_per_token(),
+        weights,
     )
     return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
 
@@ -159,7 +165,7 @@ def uncompressed(
         loaded.identity,
         "exact",
         compiled.plan,
-        compiled.module,
+        fuse(compiled.module),
         {},
         tokenizer,
         kernel_backend("auto", device),

@@ -53,10 +53,8 @@ def _decode(
     queries = q.transpose(0, 1)[:, None]  # [B, 1, Hq, D]
     q_pages, bias = _page_queries(layer, slice(None), queries, scale)
     out, lse = cache.backend.attend(view, queries, q_pages, scale, softcap, bias)
-    for row in step.full:
-        after = cache.lengths[row] + 1
-        slots = _recent_slots(layer, row, after)[: layer.plan.page]
-        _seal(cache, index, row, layer.window_k[row][:, slots], layer.window_v[row][:, slots])
+    if step.full:
+        seal_full(cache, index, step.full)
     return out[:, 0], lse[:, 0]
 
 
@@ -149,6 +147,23 @@ def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
         k = k.gather(-1, chosen[:, None].expand(-1, k.shape[1], -1))
     ids = layer.add_pages(row, count)
     k, v = (x.unflatten(1, (count, layer.plan.page)).transpose(0, 1) for x in (k, v))
+    cache.backend.seal(layer.layout, k, v, layer.pool, ids)
+
+
+def seal_full(cache: Cache, index: int, rows: list[int]) -> None:
+    """Seal, in one call, the page of oldest recent tokens of each of the sequences `rows`."""
+    layer, plan = cache.layers[index], cache.layers[index].plan
+    assert layer.layout is not None
+    assert layer.pool is not None
+    device = layer.window_k.device
+    sealed = torch.tensor([len(layer.pages[row]) * plan.page for row in rows], device=device)
+    slots = plan.sinks + (sealed[:, None] + torch.arange(plan.page, device=device)) % plan.ring
+    here = torch.tensor(rows, device=device)[:, None]
+    k, v = (window[here, :, slots].transpose(1, 2) for window in (layer.window_k, layer.window_v))
+    if layer.channels is not None:
+        chosen = layer.channels[rows] if len(layer.channels) > 1 else layer.channels  # [rows or 1, Hkv, C]
+        k = k.gather(-1, chosen[:, :, None].expand(len(rows), -1, plan.page, -1))
+    ids = torch.cat([layer.add_pages(row, 1) for row in rows])
     cache.backend.seal(layer.layout, k, v, layer.pool, ids)
 
 

@@ -7,7 +7,9 @@ import torch
 
 from kvcc.errors import CapacityError, KernelUnavailable
 from kvcc.kernels import backend as kernel_backend
+from kvcc.kernels.linear import WeightType
 from kvcc.runtime.artifact import module, read_artifact
+from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
 from kvcc.runtime.tokenizer import Tokenizer
 
@@ -17,15 +19,19 @@ def load(
     *,
     device: str | torch.device = "cpu",
     backend: str = "auto",
+    weights: WeightType | None = None,
     verify: bool | Literal["sizes"] = True,
 ) -> CompiledModel:
     """A compiled model from an artifact folder.
 
-    Weights are memory-mapped on the CPU. `backend` is auto, reference, cpu or triton. `verify` checks every
+    Weights are memory-mapped on the CPU. `backend` is auto, reference, cpu or triton. `weights` stores those of linear
+    layers as bfloat16 or int8 instead, on the CPU: decoding reads fewer bytes, at some accuracy. `verify` checks every
     file's digest (True), or sizes and structure only ("sizes"). Raises ArtifactError for what is malformed, altered
     or not understood, KernelUnavailable when `backend` cannot run here.
     """
     target = torch.device(device)
+    if weights is not None and target.type != "cpu":
+        raise KernelUnavailable(f"weights can be stored as {weights} on the CPU only, not on {target}; leave it out")
     artifact = read_artifact(Path(path), verify=verify, device=target)
     kernels = kernel_backend(backend, target)
     for index, layout in enumerate(artifact.plan.layouts()):
@@ -34,7 +40,7 @@ def load(
             raise KernelUnavailable(f"layer {index}: {kernels.name} kernels cannot run this plan: {reason}")
     folder = Path(path) / "tokenizer"
     try:
-        graph = module(artifact, target)
+        graph = fuse(module(artifact, target), weights)
         tables = {name: table.to(target) for name, table in artifact.tables.items()}
     except torch.OutOfMemoryError as error:
         raise CapacityError(f"{path} does not fit on {target}: {error}") from error

@@ -1,7 +1,8 @@
 """A compiled model: the lowered graph, its plan and tables, and the kernels that run it."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from kvcc.errors import CapacityError, DataError
 from kvcc.kernels.protocol import Backend
 from kvcc.runtime.cache import Cache
+from kvcc.runtime.captured import CapturedStep, NotCapturable, capture
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.plan import Plan
 from kvcc.runtime.tokenizer import Tokenizer
@@ -17,10 +19,16 @@ from kvcc.runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from kvcc.runtime.generation import Generation, Piece, Prompt
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CompiledModel:
-    """What `load` returns. `tokenizer` is None for an artifact without one."""
+    """What `load` returns. `tokenizer` is None for an artifact without one.
+
+    On the CPU, with the cpu kernels, decode steps are captured once for every batch size and number of threads, and
+    then replayed.
+    """
 
     identity: ModelIdentity
     recipe: str  # its name
@@ -30,6 +38,7 @@ class CompiledModel:
     tokenizer: Tokenizer | None
     backend: Backend
     device: torch.device
+    steps: dict[tuple[int, int], CapturedStep | None] = field(default_factory=dict, repr=False, compare=False)
 
     def new_cache(self, batch: int = 1, budget: int | None = None) -> Cache:
         """An empty cache for `batch` sequences, of at most `budget` bytes when given."""
@@ -79,6 +88,10 @@ class CompiledModel:
     def _step(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool) -> Tensor:
         counts = [len(t) for t in tokens]
         cache.begin(counts)
+        if set(counts) == {1} and all(cache.lengths) and (captured := self._captured(cache)):
+            last = captured.run([row[0] for row in tokens], cache)
+            cache.commit()
+            return last
         flat = torch.tensor([[t for row in tokens for t in row]], device=self.device)
         starts = [range(length, length + count) for length, count in zip(cache.lengths, counts)]
         positions = torch.tensor([[p for row in starts for p in row]], device=self.device)
@@ -90,6 +103,19 @@ class CompiledModel:
         logits: Tensor = self.graph(flat, positions, rows, cache)
         cache.commit()
         return logits[0]
+
+    def _captured(self, cache: Cache) -> CapturedStep | None:
+        """The captured step for a batch as large as the cache's; None where the graph has to run as it is."""
+        if self.backend.name != "cpu":
+            return None
+        key = cache.batch, torch.get_num_threads()
+        if key not in self.steps:
+            try:
+                self.steps[key] = capture(self.graph, cache)
+            except NotCapturable as error:
+                log.warning("decode steps run operator by operator, which is slower: %s", error)
+                self.steps[key] = None
+        return self.steps[key]
 
     def _check(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:
         if len(tokens) != cache.batch:

@@ -1,11 +1,15 @@
 """kvcc check: accuracy of an artifact against its model, held to gates."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kvcc.cli._console import json_option, out, print_json, progress
 from kvcc.errors import DataError
+
+if TYPE_CHECKING:
+    from kvcc.kernels.linear import WeightType
 
 
 @click.command("check")
@@ -41,6 +45,11 @@ from kvcc.errors import DataError
 @click.option(
     "--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"])
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    help="Store linear layers so (CPU): fewer bytes to read a step, at some accuracy.  [default: as they are]",
+)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write a JUnit XML file.")
 @click.option(
     "--markdown", type=click.Path(path_type=Path), help="Append a summary in Markdown to this file."
@@ -64,6 +73,7 @@ def command(
     greedy: int,
     seed: int,
     backend: str,
+    weights: "WeightType | None",
     junit: Path | None,
     markdown: Path | None,
     store: bool,
@@ -100,6 +110,7 @@ def command(
             size=size,
             seed=seed,
             backend=backend,
+            weights=weights,
             on_progress=on_progress,
         )
     if store:

@@ -3,11 +3,15 @@
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from kvcc.cli._console import err, json_option, print_json, size
 from kvcc.errors import DataError
+
+if TYPE_CHECKING:
+    from kvcc.kernels.linear import WeightType
 
 
 @click.command("run")
@@ -26,6 +30,11 @@ from kvcc.errors import DataError
 @click.option(
     "--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"])
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["float32", "bfloat16", "int8"]),
+    help="Store linear layers so (CPU): fewer bytes to read a step, at some accuracy.  [default: as they are]",
+)
 @json_option
 def command(
     artifact: Path,
@@ -41,6 +50,7 @@ def command(
     chunk: int | None,
     device: str,
     backend: str,
+    weights: "WeightType | None",
     as_json: bool,
 ) -> None:
     """Generate text from ARTIFACT, streaming it; ends with tokens per second and cache bytes against fp16."""
@@ -49,7 +59,7 @@ def command(
     text = _read(prompt)
     sampling = Sampling(temperature, top_k, top_p, seed)
     start = time.perf_counter()
-    model = load(artifact, device=device, backend=backend)
+    model = load(artifact, device=device, backend=backend, weights=weights)
     loading = time.perf_counter() - start
     chat = not raw and model.tokenizer is not None and model.tokenizer.has_chat_template
     messages = [

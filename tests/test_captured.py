@@ -1,0 +1,126 @@
+"""Captured decode steps against the graph run operator by operator."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcc.frontend import capture as capture_model
+from kvcc.kernels import cpu, reference
+from kvcc.pipeline import run_passes
+from kvcc.runtime.captured import Attention, CapturedStep
+from kvcc.runtime.fuse import fuse
+from kvcc.runtime.model import CompiledModel
+from tests.compiled import recipe, runnable, tokens
+from tests.tiny import ARCHITECTURES, tiny_graph, tiny_loaded
+
+pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+EXACT = "[]"
+
+
+def decoded(model: CompiledModel, prompts: list[list[int]], following: list[list[int]]) -> Tensor:
+    """Logits of decode steps after the prompts, [steps, B, V]."""
+    cache = model.new_cache(len(prompts))
+    model.forward(prompts, cache)
+    return torch.stack([model.forward([[t] for t in step], cache) for step in following])
+
+
+def captured(model: CompiledModel) -> list[CapturedStep]:
+    return [step for step in model.steps.values() if step is not None]
+
+
+@pytest.mark.parametrize("name", sorted(ARCHITECTURES))
+def test_steps_agree_with_the_plain_graph(name: str) -> None:
+    plain = runnable(name, recipe(EXACT), reference)
+    fast = dataclasses.replace(runnable(name, recipe(EXACT), cpu), steps={})
+    fuse(fast.graph)
+    prompts = tokens(37, 5, 21)
+    following = [list(step) for step in zip(*tokens(40, 40, 40, seed=3))]
+    expected, found = decoded(plain, prompts, following), decoded(fast, prompts, following)
+    assert captured(fast), "the step was not captured"
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "[kivi: {k_bits: 4, v_bits: 2, group_size: 8}]",
+        "[think: {keep_ratio: 0.5}, kivi: {k_bits: 2, v_bits: 2, group_size: 8}]",
+        "[think: {keep_ratio: 0.5, mean_correction: true}]",
+        "[think: {keep_ratio: 0.5, mode: request}]",
+    ],
+)
+def test_steps_agree_on_compressed_pages(passes: str) -> None:
+    """Against the same kernels called by the plain graph; a code that rounds the other way moves few logits."""
+    plain, fast = (runnable("llama", recipe(passes), cpu) for _ in range(2))
+    plain.steps[(2, torch.get_num_threads())] = None
+    fuse(fast.graph)
+    prompts, following = tokens(30, 11), [list(step) for step in zip(*tokens(12, 12, seed=3))]
+    expected, found = decoded(plain, prompts, following), decoded(fast, prompts, following)
+    assert captured(fast)
+    difference = (found - expected).abs()
+    assert difference.mean() < 1e-3
+    assert difference.max() < 0.1
+
+
+def test_between_attentions_no_torch_operator_is_left() -> None:
+    model = runnable("llama", recipe(), cpu)
+    fuse(model.graph)
+    decoded(model, tokens(5, 6, 7), [[1, 2, 3]])
+    (step,) = captured(model)
+    (records,) = [p for p in step.parts if isinstance(p, list) and any(isinstance(r, Attention) for r in p)]
+    assert sum(isinstance(r, Attention) for r in records) == len(model.plan.layers)
+
+
+def test_one_step_serves_several_caches_and_what_is_left_of_a_batch() -> None:
+    model, plain = (runnable("llama", recipe(), cpu) for _ in range(2))
+    fuse(model.graph)
+    for rows in (1, 2):
+        plain.steps[(rows, torch.get_num_threads())] = None
+    logits = []
+    for m in (model, plain):
+        first, second = m.new_cache(2), m.new_cache(2)
+        m.forward(tokens(30, 4), first)
+        m.forward(tokens(3, 17, seed=1), second)
+        got = [m.forward([[t], [t + 1]], cache) for t in range(20) for cache in (first, second)]
+        first.keep([1])
+        got += [m.forward([[t]], first) for t in range(20)]
+        got += [m.forward([[t], [t]], second) for t in range(3)]
+        logits.append(torch.cat(got))
+    assert {rows for rows, _ in model.steps} == {1, 2}
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-4, rtol=2e-4)
+
+
+def test_a_step_returns_logits_of_its_own() -> None:
+    model = runnable("llama", recipe(), cpu)
+    cache = model.new_cache()
+    model.forward(tokens(5), cache)
+    first = model.forward([[1]], cache)
+    kept = first.clone()
+    model.forward([[2]], cache)
+    assert torch.equal(first, kept)
+
+
+def test_a_bfloat16_model_decodes_with_activations_in_float32() -> None:
+    """The captured step lies nearer to the float32 model than the plain bfloat16 graph does."""
+    found = {}
+    for dtype, captures in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
+        made = run_passes(capture_model(tiny_loaded("llama", dtype)), None, recipe())
+        identity = tiny_graph("llama").model
+        model = CompiledModel(
+            identity, "", made.plan, made.module, made.tables, None, cpu, torch.device("cpu")
+        )
+        if captures:
+            fuse(model.graph)
+        else:
+            model.steps[(2, torch.get_num_threads())] = None
+        prompts, following = tokens(1, 1), [list(step) for step in zip(*tokens(19, 19, seed=3))]
+        found[dtype, captures] = decoded(model, prompts, following)
+        assert bool(captured(model)) == captures
+    expected = found["float32", False]
+    fast, plain = (
+        (found["bfloat16", captures].float() - expected).abs().mean() for captures in (True, False)
+    )
+    assert found["bfloat16", True].dtype == torch.float32
+    assert fast < plain
