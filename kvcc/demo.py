@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvcc.bench import filled_cache_bytes
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.checking import CheckSize, check, store_accuracy, uncompressed
 from kvcc.compile import compile_model
 from kvcc.frontend import capture, load_model, runtime_tokenizer
-from kvcc.measure import filled_cache_bytes
 from kvcc.recipe import load_recipe
 from kvcc.runtime import CompiledModel, Timing, load
 

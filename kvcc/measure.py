@@ -10,7 +10,6 @@ from torch import Tensor
 from kvcc.calibration_data.retrieval_tasks import Task, contains_answer
 from kvcc.errors import DataError
 from kvcc.runtime import CompiledModel
-from kvcc.runtime.attention import store
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -200,23 +199,3 @@ def greedy_agreement(
     firsts = [row.index(False) if False in row else len(row) for row in same]
     count = sum(map(len, same))
     return GreedyAgreement(len(prompts), tokens, sum(map(sum, same)) / count, sum(firsts) / len(firsts))
-
-
-def filled_cache_bytes(model: CompiledModel, tokens: int) -> int:
-    """Bytes that the real cache allocates for one sequence of `tokens` tokens, filled with random K and V."""
-    cache = model.new_cache(1)
-    generator = torch.Generator().manual_seed(0)
-    cache.begin([tokens])
-    for index, layer in enumerate(cache.layers):
-        plan = layer.plan
-        q, k, v = (
-            torch.randn(1, heads, tokens, dim, generator=generator, dtype=layer.window_k.dtype)
-            for heads, dim in (
-                (plan.q_heads, plan.k_dim),
-                (plan.kv_heads, plan.k_dim),
-                (plan.kv_heads, plan.v_dim),
-            )
-        )
-        store(cache, index, 0, q[0], k[0], v[0])
-    cache.commit()
-    return cache.nbytes

@@ -13,7 +13,7 @@ from kvcc.kernels import BACKENDS
 from kvcc.passes import REGISTRY
 from kvcc.recipe import shipped
 
-COMMANDS = {"calibrate", "check", "demo", "env", "export", "inspect", "profile", "recipes", "run"}
+COMMANDS = {"bench", "calibrate", "check", "demo", "env", "export", "inspect", "profile", "recipes", "run"}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvcc.bench import filled_cache_bytes
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import held_out, load_prompts
 from kvcc.frontend import LoadedModel, capture, load_model, runtime_tokenizer
 from kvcc.graph import Graph, attention_nodes
 from kvcc.kernels import backend
-from kvcc.measure import TextAgreement, filled_cache_bytes, teacher_forced
+from kvcc.measure import TextAgreement, teacher_forced
 from kvcc.pipeline import run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import load_recipe
