@@ -531,6 +531,25 @@ static void write_rows(const Attend *c, const Unit *u, const float *out, const f
     }
 }
 
+/* Where a head's sections lie in a page. */
+static void head_record(const Layout *layout, i64 head, i64 *first, i64 *bytes) {
+    const Section *s = layout->sections + layout->index[2 * head], *end = layout->sections + layout->index[2 * head + 2];
+    *first = *bytes = 0;
+    if (s == end) return;
+    i64 last = 0;
+    *first = s->codes;
+    for (; s < end; s++) {
+        i64 codes = layout->tokens * s->channels, meta = s->bits < 16 ? 2 * codes / s->group : 0;
+        last = s->bits < 16 ? s->zeros + meta : s->codes + codes * s->bits / 8;
+    }
+    *bytes = last - *first;
+}
+
+/* Pages lie anywhere, which the processor's own prefetching cannot follow. */
+static void prefetch(const char *p, i64 bytes) {
+    for (i64 i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
+
 static void attend_unit(const Attend *c, const Unit *u, Scratch *t, float *parts, i64 ld) {
     gather_queries(c, u, &c->q, c->dk, t->q);
     if (c->layout.tokens) gather_queries(c, u, &c->q_pages, c->k_channels, t->q_pages);
@@ -538,7 +557,12 @@ static void attend_unit(const Attend *c, const Unit *u, Scratch *t, float *parts
     memset(t->out, 0, sizeof(float) * u->rows * c->dv);
     if (u->split == 0) attend_recent(c, u, t, ld);
     const i64 *ids = c->table + u->batch * c->table_stride + u->first_page;
-    for (i64 p = 0; p < u->pages; p++) attend_page(c, u, t, (const char *)c->addresses[ids[p]], ld);
+    i64 first = 0, bytes = 0;
+    if (u->pages) head_record(&c->layout, u->head, &first, &bytes);
+    for (i64 p = 0; p < u->pages; p++) {
+        if (p + 1 < u->pages) prefetch((const char *)c->addresses[ids[p + 1]] + first, bytes);
+        attend_page(c, u, t, (const char *)c->addresses[ids[p]], ld);
+    }
     if (u->splits == 1) {
         write_rows(c, u, t->out, t->most, t->total);
         return;
