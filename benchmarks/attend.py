@@ -1,12 +1,16 @@
 """Times one layer's decode attention over packed pages against torch's: `python benchmarks/attend.py`.
 
-Contenders are timed in turn, round after round, so that a busy machine slows all alike; medians are compared.
+Contenders are timed in turn, round after round, so that a busy machine slows all alike; medians are compared. The
+bound of a contender is the longer of two times: its bytes at the rate at which memory is read, and its multiply-adds
+at the rate of a large float32 product. With `--layers 12` calls go round as many layers, whose caches then come from
+memory, as in a decode step; one layer's may stay in the processor's cache.
 """
 
 import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import median
 
 import torch
@@ -15,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcc.bench import memory_rates
 from kvcc.kernels import cpu, reference
 from kvcc.kernels.layout import PageLayout, Plane, Side, page_layout
 from kvcc.kernels.pool import PagePool
@@ -39,22 +44,42 @@ class Shape:
 @dataclass(frozen=True)
 class Contender:
     name: str
-    run: Callable[[], object]
+    run: Callable[[], object]  # one layer's attention
     nbytes: int  # read from the cache by one call
+    multiply_adds: int
 
 
-def packed(shape: Shape, bits: int, group_size: int, backend: Backend, dtype: torch.dtype) -> Contender:
-    """Attention by `backend` over a cache with `bits`-bit pages."""
+@dataclass(frozen=True)
+class Rates:
+    read: float  # bytes per second
+    copy: float  # bytes per second, read and written
+    multiply_adds: float  # per second, float32
+
+
+def packed(
+    shape: Shape, bits: int, group_size: int, backend: Backend, dtype: torch.dtype, layers: int = 1
+) -> Contender:
+    """Attention by `backend` over caches with `bits`-bit pages, one layer a call."""
     layout = layout_of(shape, bits, group_size)
-    cached = fill(shape, layout, dtype)
+    caches = [fill(shape, layout, dtype) for _ in range(layers)]
     q = torch.randn(shape.batch, 1, shape.kv_heads * shape.group, shape.dim).to(dtype)
     nbytes = (
-        cached.window_k.nbytes
-        + cached.window_v.nbytes
-        + int(cached.sealed.sum()) // shape.page * layout.nbytes
+        caches[0].window_k.nbytes
+        + caches[0].window_v.nbytes
+        + int(caches[0].sealed.sum()) // shape.page * layout.nbytes
     )
-    name = f"{backend.name}, {bits}-bit pages"
-    return Contender(name, lambda: backend.attend(cached, q, q, shape.dim**-0.5), nbytes)
+    turn = cycle(caches)
+    return Contender(
+        f"{backend.name}, {bits}-bit pages",
+        lambda: backend.attend(next(turn), q, q, shape.dim**-0.5),
+        nbytes,
+        multiply_adds(shape),
+    )
+
+
+def multiply_adds(shape: Shape) -> int:
+    """Of one layer's attention: every query head with every token's K and V."""
+    return 2 * shape.batch * shape.length * shape.kv_heads * shape.group * shape.dim
 
 
 def layout_of(shape: Shape, bits: int, group_size: int) -> PageLayout:
@@ -78,37 +103,36 @@ def fill(shape: Shape, layout: PageLayout, dtype: torch.dtype) -> Cached:
     return Cached(layout, window[0], window[1], SINKS, lengths, sealed, pool, torch.stack(rows))
 
 
-def exact(shape: Shape, dtype: torch.dtype) -> list[Contender]:
+def exact(shape: Shape, dtype: torch.dtype, layers: int = 1) -> list[Contender]:
     """What an uncompressed cache costs in torch: the fused kernel, and two batched products."""
     heads = shape.kv_heads * shape.group
     q = torch.randn(shape.batch, heads, 1, shape.dim).to(dtype)
-    k, v = torch.randn(2, shape.batch, shape.kv_heads, shape.length, shape.dim).to(dtype)
-    k_all, v_all = (x.repeat_interleave(shape.group, 1) for x in (k, v))
+    grouped = q.view(shape.batch, shape.kv_heads, shape.group, shape.dim)
+    stored = torch.randn(layers, 2, shape.batch, shape.kv_heads, shape.length, shape.dim).to(dtype)
+    fused, products = cycle(stored), cycle(stored)
+
+    def sdpa() -> Tensor:
+        k, v = next(fused)
+        return scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
     def matmul() -> Tensor:
-        grouped = q.view(shape.batch, shape.kv_heads, shape.group, shape.dim)
+        k, v = next(products)
         return torch.softmax(grouped @ k.transpose(-1, -2) * shape.dim**-0.5, -1) @ v
 
-    nbytes, kind = k.nbytes + v.nbytes, str(dtype).removeprefix("torch.")
+    nbytes, kind = stored[0].nbytes, str(dtype).removeprefix("torch.")
+    work = multiply_adds(shape)
     return [
-        Contender(
-            f"SDPA {kind}, grouped", lambda: scaled_dot_product_attention(q, k, v, enable_gqa=True), nbytes
-        ),
-        Contender(
-            f"SDPA {kind}, heads expanded",
-            lambda: scaled_dot_product_attention(q, k_all, v_all),
-            nbytes * shape.group,
-        ),
-        Contender(f"matmul {kind}", matmul, nbytes),
+        Contender(f"SDPA {kind}", sdpa, nbytes, work),
+        Contender(f"matmul {kind}", matmul, nbytes, work),
     ]
 
 
-def copy_rate() -> float:
-    """Bytes per second that a large copy reads (it writes as many)."""
-    source = torch.ones(2**27)
-    target = torch.empty_like(source)
-    times = [timed(lambda: target.copy_(source)) for _ in range(5)]
-    return source.nbytes / median(times[1:])
+def machine_rates() -> Rates:
+    """What this machine's memory and multiply-adds reach, with the threads in use."""
+    read, copy = memory_rates()
+    a, b = torch.randn(2, 1536, 1536)
+    seconds = median(timed(lambda: a @ b) for _ in range(9))
+    return Rates(read * 1e9, copy * 1e9, 1536**3 / seconds)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -117,14 +141,18 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def measure(contenders: list[Contender], rounds: int) -> list[list[float]]:
-    """Seconds of every contender in every round; the slow ones sit out most rounds."""
+def measure(contenders: list[Contender], rounds: int, warm: bool) -> list[list[float]]:
+    """Seconds of every contender in every round; the slow ones sit out most rounds.
+
+    warm: each runs once untimed before, and finds its data where that left them.
+    """
     times: list[list[float]] = [[] for _ in contenders]
     cost = [min(timed(c.run) for _ in range(2)) for c in contenders]
     for i in range(rounds):
         for mine, contender, seconds in zip(times, contenders, cost):
             if seconds < 0.05 or i < 3:
-                contender.run()  # its own data into the caches that it would find warm
+                if warm:
+                    contender.run()
                 mine.append(timed(contender.run))
     return times
 
@@ -140,6 +168,7 @@ def main() -> None:
         ("page", 64),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--layers", type=int, default=1, help="that calls go round")
     parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -147,49 +176,51 @@ def main() -> None:
     torch.manual_seed(0)
     shape = Shape(args.batch, args.length, args.kv_heads, args.group, args.dim, args.page)
     contenders = [
-        packed(shape, bits, group_size, cpu, torch.float32)
+        packed(shape, bits, group_size, cpu, torch.float32, args.layers)
         for bits, group_size in ((2, 32), (3, 32), (4, 64), (8, 64), (16, 64))
     ]
     contenders += [packed(shape, 4, 64, reference, torch.float32)]
-    contenders += exact(shape, torch.float32) + exact(shape, torch.bfloat16)
-    rate = copy_rate()
-    times = measure(contenders, args.rounds)
-    show(shape, contenders, times, rate)
+    contenders += exact(shape, torch.float32, args.layers) + exact(shape, torch.bfloat16, args.layers)
+    rates = machine_rates()
+    times = measure(contenders, args.rounds, warm=args.layers == 1)
+    show(f"{shape}, {args.layers} layers", contenders, times, rates)
 
 
-def show(shape: Shape, contenders: list[Contender], times: list[list[float]], rate: float) -> None:
+def show(title: str, contenders: list[Contender], times: list[list[float]], rates: Rates) -> None:
     medians = [median(t) for t in times]
     peers = {c.name: m for m, c in zip(medians, contenders)}
-    sdpa, matmul = peers["SDPA float32, grouped"], peers["matmul bfloat16"]
+    sdpa, matmul = peers["SDPA float32"], peers["matmul bfloat16"]
     table = Table(
-        title=f"{shape}; copy {rate / 1e9:.1f} GB/s, {torch.get_num_threads()} threads", title_justify="left"
+        title=f"{title}; read {rates.read / 1e9:.1f} GB/s, copy {rates.copy / 1e9:.1f} GB/s, "
+        f"{rates.multiply_adds / 1e9:.0f} G multiply-adds/s, {torch.get_num_threads()} threads",
+        title_justify="left",
     )
     for heading in (
         "contender",
         "median ms",
         "quartiles",
-        "fastest",
         "of SDPA f32",
         "of matmul bf16",
         "MB read",
         "GB/s",
-        "of copy",
+        "bound ms",
+        "of bound",
     ):
         table.add_column(heading, justify="left" if heading == "contender" else "right")
     for contender, middle, all_times in zip(contenders, medians, times):
         ordered = sorted(all_times)
         low, high = ordered[len(ordered) // 4] * 1e3, ordered[-1 - len(ordered) // 4] * 1e3
-        speed = contender.nbytes / middle
+        bound = max(contender.nbytes / rates.read, contender.multiply_adds / rates.multiply_adds)
         table.add_row(
             contender.name,
             f"{middle * 1e3:.3f}",
             f"{low:.3f}–{high:.3f}",
-            f"{ordered[0] * 1e3:.3f}",
             f"{middle / sdpa:.2f}",
             f"{middle / matmul:.2f}",
             f"{contender.nbytes / 1e6:.1f}",
-            f"{speed / 1e9:.1f}",
-            f"{speed / rate:.2f}",
+            f"{contender.nbytes / middle / 1e9:.1f}",
+            f"{bound * 1e3:.3f}",
+            f"{bound / middle:.2f}",
         )
     Console(width=130).print(table)
 
