@@ -340,6 +340,61 @@ INLINE void fold_groups(const int rows, i64 ng, i64 runs, const float *a, i64 a_
             }
 }
 
+/* nn over 2-bit codes as they lie. A byte holds one code of each of a run's four strips: widened once, it gives VL codes
+ * of every strip by shift and mask. Wider codes are better spread to bytes first: see docs/performance.md. */
+typedef struct {
+    const uint8_t *codes;
+    i64 runs, length;
+    const float *a[4]; /* per strip: element [row][run] at row * a_row + run * a_run */
+    i64 a_row, a_run, out_row;
+    float *out;
+} Strips;
+
+INLINE void strips_tile(const int rows, const int same, const Strips *c, i64 at) {
+    const i64 strip = c->length / 4;
+    vf acc[3][4];
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) acc[r][j] = (vf){0};
+    for (i64 run = 0; run < c->runs; run++) {
+        vi bytes = bytes_at((const char *)c->codes + run * strip + at);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            vf x = __builtin_convertvector(j < 3 ? bytes >> (2 * j) & 3 : bytes >> 6, vf);
+            const float *a = c->a[same ? 0 : j] + run * c->a_run;
+#pragma GCC unroll 3
+            for (int r = 0; r < rows; r++) acc[r][j] += a[r * c->a_row] * x;
+        }
+    }
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            float *to = c->out + r * c->out_row + j * strip + at;
+            store(to, load(to) + acc[r][j]);
+        }
+}
+
+typedef void StripsTile(const Strips *c, i64 at);
+#define STRIPS_TILE(rows, same)                                                                        \
+    static __attribute__((noinline)) void strips_##rows##_##same(const Strips *c, i64 at) { strips_tile(rows, same, c, at); }
+STRIPS_TILE(1, 0) STRIPS_TILE(1, 1) STRIPS_TILE(2, 0) STRIPS_TILE(2, 1) STRIPS_TILE(3, 0) STRIPS_TILE(3, 1)
+static StripsTile *const strips_tiles[3][2] = {{strips_1_0, strips_1_1}, {strips_2_0, strips_2_1}, {strips_3_0, strips_3_1}};
+
+static void nn_strips(const Section *s, const char *page, i64 rows, const float *a, i64 a_row, i64 runs, i64 length,
+                      float *out, i64 out_row) {
+    i64 ng = length / s->group, strip = length / 4;
+    for (i64 take; rows > 0; rows -= take, a += take * a_row, out += take * out_row) {
+        take = rows == 4 ? 2 : MIN(rows, 3);
+        Strips c = {(const uint8_t *)page + s->codes, runs, length, {0}, a_row, ng, out_row, out};
+        for (i64 at = 0; at < strip; at += VL) {
+            for (i64 j = 0; j < 4; j++) c.a[j] = a + (j * strip + at) / s->group;
+            strips_tiles[take - 1][c.a[0] == c.a[3]](&c, at);
+        }
+    }
+}
+
 /* nn over a quantised section without dequantising it: a [rows <= 4][runs], groups of a multiple of VL along length */
 static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, const float *a, i64 a_row, i64 runs,
                       i64 length, float *out, i64 out_row) {
@@ -360,6 +415,10 @@ static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, 
                 float *to = out + r * out_row + x;
                 store(to, load(to) + bias[r * ng + g]);
             }
+    if (s->bits == 2 && length / 4 % VL == 0) {
+        nn_strips(s, page, rows, folded, meta, runs, length, out, out_row);
+        return;
+    }
     const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
     for (i64 g = 0; g < ng; g++)
         nn(U8, rows, folded + g, meta, ng, codes + g * s->group, length, runs, s->group, out + g * s->group, out_row);

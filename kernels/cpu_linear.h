@@ -2,10 +2,11 @@
 #pragma once
 #include <stdint.h>
 
-enum { LINEAR_F32, LINEAR_BF16, LINEAR_INT8, LINEAR_KINDS }; /* kinds of weights; kernels/linear.py numbers them the same */
+enum { LINEAR_F32, LINEAR_BF16, LINEAR_INT8, LINEAR_KINDS }; /* kinds of weights, as kernels/linear.py numbers them */
 
-/* LINEAR_F32 and LINEAR_BF16: data [rows][cols]. LINEAR_INT8: data [rows][groups][32] int8, cols filled up to whole
- * groups by zeros; scales [rows][groups] bfloat16. */
+/* LINEAR_F32 and LINEAR_BF16: data [rows][cols]. LINEAR_INT8: data [rows][blocks][width] int8, cols filled up by
+ * zeros to as few blocks of 256 at most as there may be; scales [rows][blocks][8] bfloat16, column c of a block having
+ * scale (c mod 16) / 2. */
 typedef struct {
     const void *data;
     const void *scales;

@@ -1,18 +1,21 @@
 """Linear layers whose weights are stored as float32, bfloat16 or int8: y = x Wᵀ + b at the speed at which W is read.
 
 Few rows of x run through `cpu_linear.c`; many through torch's matmul, on blocks of W widened to float32 where torch
-has nothing faster for what is stored. int8: groups of 32 along a row share a scale (symmetric, a bfloat16); the C
-kernels take x as int16 with one scale a row, which loses a thousandth of what int8 weights lose.
+has nothing faster for what is stored. int8: symmetric, with a bfloat16 scale for every 32 weights or fewer of a row
+(those that meet in one lane of the C kernels, see `cpu_linear.h`); the kernels take x as int16 with one scale a row,
+which loses a thousandth of what int8 weights lose.
 """
 
 import ctypes
 import functools
 import logging
 import mmap
+import threading
 from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -24,9 +27,12 @@ from kvcc.kernels import build, cpu
 WeightType = Literal["float32", "bfloat16", "int8"]
 KINDS: dict[WeightType, int] = {"float32": 0, "bfloat16": 1, "int8": 2}  # the C header's enum
 
-GROUP = 32  # int8 weights to a scale; the C file's
-FEW = {"float32": 64, "bfloat16": 64, "int8": 64}  # rows of x up to which the C kernels are faster than torch
-BLOCK = 1 << 20  # weights widened at a time
+LANES, BLOCK = 8, 256  # int8: groups of a block, and its columns at most; the C file's
+# Rows of x up to which the C kernels are faster than torch (measured, AVX2) ...
+FEW: dict[WeightType, int] = {"float32": 512, "bfloat16": 512, "int8": 1 << 40}
+# ... and where torch multiplies bfloat16 matrices in units of their own (by arithmetic: 5 times as many a second).
+FEW_BESIDE_UNITS: dict[WeightType, int] = {"float32": 512, "bfloat16": 16, "int8": 256}
+WIDENED = 1 << 20  # weights widened at a time
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +45,8 @@ class _Weight(ctypes.Structure):
 class Packed:
     """A weight [rows, cols] as the C kernels read it.
 
-    data: float32 or bfloat16 [rows, cols], or int8 [rows, groups, 32] with the last group filled up by zeros;
-    scales: bfloat16 [rows, groups] of int8 weights, else None.
+    data: float32 or bfloat16 [rows, cols], or int8 [rows, blocks, steps, 8, 2], filled up by zeros;
+    scales: of int8 weights, bfloat16 [rows, blocks, 8], else None.
     """
 
     data: Tensor
@@ -65,19 +71,24 @@ class Packed:
         data = self.data[select]
         if self.scales is None:
             return data.float()
-        wide = data.float().mul_(self.scales[select].float().unsqueeze(-1))
-        return wide.flatten(-2)[..., : self.cols]
+        wide = data.float().mul_(self.scales[select].float()[..., None, :, None])
+        return wide.flatten(-4)[..., : self.cols]
 
 
-def pack(weight: Tensor, kind: WeightType) -> Packed:
-    """Store a weight [rows, cols] of any float type; one that is float32 already stays where it lies."""
+def pack(weight: Tensor, kind: WeightType, *, move: bool = False) -> Packed:
+    """Store a weight [rows, cols] of any float type, in large pages where the system has them.
+
+    One that needs no conversion stays where it lies, memory-mapped perhaps, unless it shall `move` there, too: a
+    second copy, read a twentieth faster.
+    """
+    weight = weight.detach()
     rows, cols = weight.shape
     if kind != "int8":
-        dtype = getattr(torch, kind)
-        data = weight.contiguous() if weight.dtype == dtype else _placed(weight.to(dtype))
-        return Packed(data, None, kind, rows, cols)
+        data = weight.to(getattr(torch, kind)).contiguous()
+        converted = data.data_ptr() != weight.data_ptr()
+        return Packed(placed(data) if move or converted else data, None, kind, rows, cols)
     data, scales = _quantised(weight)
-    return Packed(_placed(data), _placed(scales), kind, rows, cols)
+    return Packed(placed(data), placed(scales), kind, rows, cols)
 
 
 def concat(weights: Sequence[Packed]) -> Packed:
@@ -85,11 +96,11 @@ def concat(weights: Sequence[Packed]) -> Packed:
     first = weights[0]
     if any((w.kind, w.cols) != (first.kind, first.cols) for w in weights):
         raise ValueError("weights of different kinds or widths cannot be one weight")
-    data = _placed(torch.cat([w.data for w in weights]))
+    data = placed(torch.cat([w.data for w in weights]))
     scales = [w.scales for w in weights if w.scales is not None]
     return Packed(
         data,
-        _placed(torch.cat(scales)) if scales else None,
+        placed(torch.cat(scales)) if scales else None,
         first.kind,
         sum(w.rows for w in weights),
         first.cols,
@@ -104,10 +115,11 @@ def scratch_bytes(weight: Packed, n: int, threads: int) -> int:
 def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     """x [..., cols] times Wᵀ, plus bias [rows]: [..., rows] in x's type; products and sums in float32.
 
-    Many rows of x are cut to bfloat16 where weights are, if the processor multiplies bfloat16 matrices.
+    Where the processor multiplies bfloat16 matrices, many rows of x are cut to bfloat16 unless weights are float32.
     """
     rows = x.reshape(-1, weight.cols)
-    if len(rows) <= FEW[weight.kind] and _usable():
+    few = FEW_BESIDE_UNITS if _multiplies_bfloat16() else FEW
+    if len(rows) <= few[weight.kind] and _usable():
         out = _few(rows.float(), weight, None if bias is None else bias.float())
     else:
         out = _many(rows, weight, bias)
@@ -130,63 +142,87 @@ def _few(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 def _many(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if weight.kind == "float32":
         return F.linear(x.float(), weight.data, None if bias is None else bias.float())
-    if weight.kind == "bfloat16" and _multiplies_bfloat16():
-        return F.linear(x.bfloat16(), weight.data, None if bias is None else bias.bfloat16())
-    x = x.float()
-    out = torch.empty(len(x), weight.rows)
-    step = max(1, BLOCK // weight.cols)
+    dtype = torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+    x = x.to(dtype)
+    if weight.data.dtype == dtype:
+        return F.linear(x, weight.data, None if bias is None else bias.to(dtype))
+    out = torch.empty(len(x), weight.rows, dtype=dtype)
+    step = max(1, WIDENED // weight.cols)
     for start in range(0, weight.rows, step):
         rows = slice(start, start + step)
-        torch.mm(x, weight.dequantised(rows).T, out=out[:, rows])
+        torch.mm(x, weight.dequantised(rows).to(dtype).T, out=out[:, rows])
     return out if bias is None else out.add_(bias)
 
 
 def _quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 [rows, groups, 32] and scales [rows, groups] bfloat16, a block of rows at a time."""
+    """int8 [rows, blocks, steps, 8, 2] and scales [rows, blocks, 8] bfloat16, some rows at a time."""
     rows, cols = weight.shape
-    groups = -(-cols // GROUP)
-    data = torch.empty(rows, groups, GROUP, dtype=torch.int8)
-    scales = torch.empty(rows, groups, dtype=torch.bfloat16)
-    step = max(1, BLOCK // cols)
+    blocks, steps = _blocks(cols)
+    data = torch.empty(rows, blocks, steps, LANES, 2, dtype=torch.int8)
+    scales = torch.empty(rows, blocks, LANES, dtype=torch.bfloat16)
+    filler = data[0].numel() - cols
+    step = max(1, WIDENED // cols)
     for start in range(0, rows, step):
-        wide = F.pad(weight[start : start + step].float(), (0, groups * GROUP - cols)).unflatten(
-            -1, (groups, GROUP)
-        )
-        scale = (wide.abs().amax(-1) / 127).bfloat16()
-        scales[start : start + step] = scale
+        part = slice(start, start + step)
+        wide = F.pad(weight[part].float(), (0, filler)).view(data[part].shape)
+        scale = (wide.abs().amax((2, 4)) / 127).bfloat16()
+        scales[part] = scale
         divisor = scale.float().masked_fill_(scale == 0, 1.0)
-        data[start : start + step] = wide.div_(divisor.unsqueeze(-1)).round_().clamp_(-127, 127)
+        data[part] = wide.div_(divisor[:, :, None, :, None]).round_().clamp_(-127, 127)
     return data, scales
+
+
+def _blocks(cols: int) -> tuple[int, int]:
+    """(blocks of a row of int8 weights, steps of 16 columns in each): as even as whole pairs of steps allow."""
+    blocks = -(-cols // BLOCK)
+    return blocks, -(-cols // (blocks * 32)) * 2
 
 
 # --------------------------------------------------------------------------- memory
 
 
+CHUNK = 64 << 20  # bytes of memory taken at a time
+LINE = 64  # bytes of a cache line
+
+
 @dataclass
 class _Chunk:
-    memory: mmap.mmap | None
+    """Memory that weights are being put into, one behind the other."""
+
+    memory: mmap.mmap | None = None
     used: int = 0
 
 
-_chunk = _Chunk(None)
-CHUNK = 64 << 20
+_chunk = _Chunk()
+_placing = threading.Lock()
 
 
-def _placed(tensor: Tensor) -> Tensor:
-    """A copy in memory of large pages, where the system has them: it is read faster, and weights lie side by side.
+def placed(tensor: Tensor) -> Tensor:
+    """A copy in large pages, next to the one placed before; the tensor itself where the system has no such pages.
 
-    Memory comes in chunks, which go when the last tensor in them does.
+    Memory comes in chunks; a chunk goes when the last tensor in it does.
     """
-    flags = getattr(mmap, "MAP_ANONYMOUS", None)
-    if flags is None or not hasattr(mmap, "MADV_HUGEPAGE") or not tensor.numel():
+    if not tensor.numel() or not _large_pages():
         return tensor.contiguous()
-    size = -(-tensor.nbytes // 64) * 64
-    if _chunk.memory is None or _chunk.used + size > len(_chunk.memory):
-        _chunk.memory, _chunk.used = mmap.mmap(-1, max(size, CHUNK), flags | mmap.MAP_PRIVATE), 0
-        _chunk.memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(_chunk.memory, dtype=tensor.dtype, count=tensor.numel(), offset=_chunk.used)
-    _chunk.used += size
+    size = -(-tensor.nbytes // LINE) * LINE
+    with _placing:
+        if _chunk.memory is None or _chunk.used + size > len(_chunk.memory):
+            memory = mmap.mmap(-1, max(size, CHUNK), mmap.MAP_ANONYMOUS | mmap.MAP_PRIVATE)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            _chunk.memory, _chunk.used = memory, 0
+        flat = torch.frombuffer(_chunk.memory, dtype=tensor.dtype, count=tensor.numel(), offset=_chunk.used)
+        _chunk.used += size
     return flat.view(tensor.shape).copy_(tensor)
+
+
+@functools.cache
+def _large_pages() -> bool:
+    """Whether memory may be asked for in large pages (Linux's transparent ones)."""
+    try:
+        enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return "[never]" not in enabled and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 # --------------------------------------------------------------------------- what this machine has

@@ -4,8 +4,12 @@ Computes in float32 except for operands of matrix products, which are float16 wh
 Runs on CPU tensors when TRITON_INTERPRET=1 was set before triton was imported (for tests: it is slow).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -16,7 +20,7 @@ from kvcc.kernels.head_classes import HeadClass, PlaneSpec, head_classes, padded
 from kvcc.kernels.layout import PageLayout
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
-from kvcc.kernels.triton_kernels import attend_pages, attend_window, merge_parts, seal_plane
+from kvcc.kernels.triton_kernels import attend_pages, attend_window, merge_parts, seal_pages
 
 name = "triton"
 
@@ -26,6 +30,18 @@ LARGEST_PAGE = 1024
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 SEALED_ELEMENTS = 2048  # of one program that seals: 16 a thread
 PROGRAMS_PER_PROCESSOR = 4  # enough programs in flight to hide the latency of loads
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments and, by name, its constants and compile options."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded launches", default=None)
 
 
 @dataclass(frozen=True)
@@ -78,49 +94,53 @@ def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> st
 
 
 def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor) -> None:
-    """See `Backend.seal`. Bytes between sections are left as they are."""
+    """See `Backend.seal`. One launch a class of heads; bytes between sections are left as they are."""
     if len(pages) == 0:
         return
+    k, v = _dense(k), _dense(v)
     for heads in head_classes(layout):
         index = _head_index(heads, k.device)
-        for x, planes in ((k, heads.k), (v, heads.v)):
-            for plane in planes:
-                _seal_plane(layout, plane, x, pool, pages, index)
+        k_tiles, tiles = _seal_tiles(heads.k, layout.tokens, 0)
+        v_tiles, tiles = _seal_tiles(heads.v, layout.tokens, tiles)
+        _launch(
+            seal_pages,
+            (len(pages), len(index), tiles),
+            k,
+            v,
+            pages,
+            pool.addresses,
+            index,
+            *_strides(k),
+            *_strides(v),
+            K=heads.k,
+            V=heads.v,
+            K_TILES=k_tiles,
+            V_TILES=v_tiles,
+            TOKENS=layout.tokens,
+            K_ALIGNED=_aligned(k),
+            V_ALIGNED=_aligned(v),
+            HALF=DTYPES[layout.half],
+            num_warps=4,
+            enable_fp_fusion=False,  # a fused multiply-add would give other codes than the reference
+        )
 
 
-def _seal_plane(
-    layout: PageLayout, plane: PlaneSpec, x: Tensor, pool: PagePool, pages: Tensor, index: Tensor
-) -> None:
-    page_stride, head_stride, token_stride, channel_stride = x.stride()
-    if plane.by_tokens:
-        runs, length, run_stride, pos_stride = plane.channels, layout.tokens, channel_stride, token_stride
-    else:
-        runs, length, run_stride, pos_stride = layout.tokens, plane.channels, token_stride, channel_stride
-    span, block = seal_tiling(runs, length)
-    seal_plane[(len(pages), len(index), -(-runs // block))](
-        x[..., plane.first_channel :],
-        pages,
-        pool.addresses,
-        index,
-        page_stride,
-        head_stride,
-        run_stride,
-        pos_stride,
-        PLANE=plane,
-        RUNS=runs,
-        LENGTH=length,
-        SPAN=span,
-        BLOCK=block,
-        HALF=DTYPES[layout.half],
-        num_warps=4,
-        enable_fp_fusion=False,  # a fused multiply-add would give other codes than the reference
-    )
+def _seal_tiles(
+    planes: tuple[PlaneSpec, ...], tokens: int, first: int
+) -> tuple[tuple[tuple[int, int, int, int], ...], int]:
+    """Tiles of `seal_pages` for some planes, numbered from `first`, and the number after the last.
 
-
-def seal_tiling(runs: int, length: int) -> tuple[int, int]:
-    """(positions, runs) that one program of `seal_plane` covers."""
-    span = padded(length)
-    return span, min(padded(runs), max(1, SEALED_ELEMENTS // span))
+    A plane's are (first tile, the one after its last, positions a run spans, runs a tile).
+    """
+    tiles = []
+    for plane in planes:
+        runs, length = (plane.channels, tokens) if plane.by_tokens else (tokens, plane.channels)
+        span = padded(length)
+        block = min(padded(runs), max(1, SEALED_ELEMENTS // span))
+        last = first + -(-runs // block)
+        tiles.append((first, last, span, block))
+        first = last
+    return tuple(tiles), first
 
 
 def attend(
@@ -137,9 +157,10 @@ def attend(
     group = q_heads // kv_heads
     page_splits, window_splits = _splits(cached, batch * kv_heads * -(-n * group // 32), q.device)
     shape = (page_splits + window_splits, batch, n, q_heads)
-    # Heads that store fewer V channels leave the others at 0.
-    part_out = torch.zeros(*shape, v_dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.full(shape, -torch.inf, dtype=torch.float32, device=q.device)
+    # Every row of every split is written; heads that store fewer V channels leave the others at 0.
+    full = cached.layout is None or all(sum(s.channels for s in h) == v_dim for h in cached.layout.v)
+    part_out = (torch.empty if full else torch.zeros)(*shape, v_dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     if slots:
         _attend_window(cached, _dense(q), scale, softcap, part_out[page_splits:], part_lse[page_splits:])
     if page_splits and cached.layout is not None:
@@ -151,15 +172,47 @@ def attend(
     out = torch.empty(batch, n, q_heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, n, q_heads, dtype=torch.float32, device=q.device)
     if lse.numel():
-        merge_parts[(lse.numel(),)](
-            part_out, part_lse, out, lse, lse.numel(), len(part_out),
+        _launch(
+            merge_parts, (lse.numel(),), part_out, part_lse, out, lse, lse.numel(), len(part_out),
             V_DIM=v_dim, V_WIDTH=padded(v_dim), num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
 
 
+def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Run a kernel, or write down that it would be run: see `recorded`."""
+    launches = _recorded.get()
+    if launches is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        launches.append(Launch(kernel, arguments, constants))
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """A list of what `attend` and `seal` launch in this context; nothing runs, and their results are undefined."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _strides(x: Tensor) -> list[int]:
+    """Strides of all dimensions but the last; 0 where there is one element, and torch may say anything."""
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape[:-1], x.stride()[:-1])]
+
+
+def _aligned(*tensors: Tensor) -> bool:
+    """Whether all rows of the tensors begin at multiples of 16 bytes."""
+    return not any(
+        x.data_ptr() % 16 or any(stride * x.itemsize % 16 for stride in _strides(x)) for x in tensors
+    )
 
 
 def _attend_pages(
@@ -181,7 +234,9 @@ def _attend_pages(
     index = _head_index(heads, q.device)
     dot = dot_type(q.dtype)
     tiling = page_tiling(layout.tokens, heads.k + heads.v, n * group, dot)
-    attend_pages[(batch * len(index), splits, -(-n * group // tiling.rows))](
+    _launch(
+        attend_pages,
+        (batch * len(index), splits, -(-n * group // tiling.rows)),
         q,
         q if bias is None else bias,
         pool.addresses,
@@ -192,12 +247,11 @@ def _attend_pages(
         part_lse,
         n,
         q_heads,
-        part_out.shape[-1],
         len(index),
         splits,
-        *q.stride()[:3],
+        *_strides(q),
         cached.table.stride(0),
-        scale,
+        float(scale),
         float(softcap),
         K=heads.k,
         V=heads.v,
@@ -205,6 +259,8 @@ def _attend_pages(
         TILE=tiling.tokens,
         GROUP=group,
         ROWS=tiling.rows,
+        V_DIM=part_out.shape[-1],
+        ALIGNED=_aligned(q),
         HALF=DTYPES[layout.half],
         DOT=dot,
         BIASED=bias is not None,
@@ -224,7 +280,9 @@ def _attend_window(
     group = q_heads // kv_heads
     dot = dot_type(q.dtype)
     tiling = window_tiling(max(padded(k_dim), padded(v_dim)), n * group, dot)
-    attend_window[(batch * kv_heads, len(part_out), -(-n * group // tiling.rows))](
+    _launch(
+        attend_window,
+        (batch * kv_heads, len(part_out), -(-n * group // tiling.rows)),
         q,
         k,
         v,
@@ -238,10 +296,10 @@ def _attend_window(
         len(part_out),
         slots,
         cached.sinks,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        scale,
+        *_strides(q),
+        *_strides(k),
+        *_strides(v),
+        float(scale),
         float(softcap),
         K_DIM=k_dim,
         V_DIM=v_dim,
@@ -250,6 +308,7 @@ def _attend_window(
         TILE=tiling.tokens,
         GROUP=group,
         ROWS=tiling.rows,
+        ALIGNED=_aligned(q, k, v),
         DOT=dot,
         CAPPED=softcap > 0,
         num_warps=tiling.warps,

@@ -1,10 +1,12 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
 # ruff: noqa: RET505, RUF005 - only if/else is resolved at compile time; no star in kernel tuples
-"""Triton kernels: seal a plane of pages, attend over pages, attend over the window, merge the parts.
+"""Triton kernels: seal pages, attend over pages, attend over the window, merge the parts.
 
 Arguments of kernels have no Python types; comments give shapes. All is computed in float32 after loads;
 only operands of matrix products are rounded, to DOT. A *plane* argument is a constant `PlaneSpec`, used by
 index: 0 bits, 1 channels, 2 width, 3 first channel, 4 by tokens, 5 group size, 6 codes, 7 scales, 8 zeros.
+Channels are contiguous. ALIGNED says that a tensor and all its strides are multiples of 16 bytes, so that rows are
+read in wide pieces; `tl.multiple_of` passes it on, and only where the address is computed: not from a helper.
 Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with merge is
 flash-decoding (Dao et al., 2023); the online softmax is that of Milakov and Gimelshein, arXiv 1805.02867.
 """
@@ -14,6 +16,10 @@ import triton.language as tl
 
 SCALE_FLOOR = tl.constexpr(1.0132789611816406e-06)  # float16(1e-6), as the reference rounds it
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and subtracting it rounds a small float32 half to even
+
+# Triton would compile a kernel again for arguments that are 1 or a multiple of 16. Here `do_not_specialize` names all
+# arguments, by number, and constants and dtypes alone decide: nothing is compiled in the middle of a sequence, and it
+# is known beforehand what a plan needs.
 
 
 # ---- reading a page
@@ -147,12 +153,17 @@ def _rows(tile, head, n_queries, GROUP: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_part(part_out, at, mask, acc, total, first, channels, v_dim, WIDTH: tl.constexpr):
-    """Normalise and store one plane's accumulator as rows `at` of part_out [.., v_dim]."""
-    channel = tl.arange(0, WIDTH)
+def _store_part(
+    part_out, at, mask, acc, total, FIRST: tl.constexpr, CHANNELS: tl.constexpr, V_DIM: tl.constexpr
+):
+    """Normalise and store one plane's accumulator [ROWS, width] as rows `at` of part_out [.., V_DIM]."""
+    channel = tl.arange(0, acc.shape[1])
     share = 1.0 / tl.where(total > 0, total, 1.0)
-    out = part_out + at[:, None] * v_dim + first + channel[None, :]
-    tl.store(out, acc * share[:, None], mask=mask[:, None] & (channel < channels)[None, :])
+    rows = part_out + at * V_DIM
+    if V_DIM % 4 == 0:
+        rows = tl.multiple_of(rows, 16)
+    out = rows[:, None] + (FIRST + channel)[None, :]
+    tl.store(out, acc * share[:, None], mask=mask[:, None] & (channel < CHANNELS)[None, :])
 
 
 @triton.jit
@@ -166,7 +177,7 @@ def _store_lse(part_lse, at, mask, top, total):
 # ---- attention
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(18))
 def attend_pages(
     q,  # [B, n, Hq, Dk'] in plane order
     bias,  # [B, n, Hq] float32, contiguous; unread unless BIASED
@@ -178,7 +189,6 @@ def attend_pages(
     part_lse,  # [splits, B, n, Hq] float32
     n_queries,
     q_heads,
-    v_dim,
     class_heads,
     splits,
     q_row_stride,
@@ -193,6 +203,8 @@ def attend_pages(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    V_DIM: tl.constexpr,
+    ALIGNED: tl.constexpr,
     HALF: tl.constexpr,
     DOT: tl.constexpr,
     BIASED: tl.constexpr,
@@ -210,6 +222,8 @@ def attend_pages(
     query, q_head, exists = _rows(tl.program_id(2), head, n_queries, GROUP, ROWS)
 
     q_rows = q + sequence * q_row_stride + query.to(tl.int64) * q_query_stride + q_head * q_head_stride
+    if ALIGNED:
+        q_rows = tl.multiple_of(q_rows, 16)
     queries = ()
     for p in tl.static_range(len(K)):
         channel = tl.arange(0, K[p][2])
@@ -254,11 +268,11 @@ def attend_pages(
     sequences = tl.num_programs(0) // class_heads
     at += split.to(tl.int64) * sequences * n_queries * q_heads
     for p in tl.static_range(len(V)):
-        _store_part(part_out, at, exists, acc[p], total, V[p][3], V[p][1], v_dim, V[p][2])
+        _store_part(part_out, at, exists, acc[p], total, V[p][3], V[p][1], V_DIM)
     _store_lse(part_lse, at, exists, top, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(24))
 def attend_window(
     q,  # [B, n, Hq, Dk]
     k,  # [B, Hkv, slots, Dk]
@@ -291,6 +305,7 @@ def attend_window(
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     DOT: tl.constexpr,
     CAPPED: tl.constexpr,
 ):
@@ -303,6 +318,8 @@ def attend_window(
     k_channel = tl.arange(0, K_WIDTH)
     v_channel = tl.arange(0, V_WIDTH)
     q_rows = q + sequence * q_row_stride + query.to(tl.int64) * q_query_stride + q_head * q_head_stride
+    if ALIGNED:
+        q_rows = tl.multiple_of(q_rows, 16)
     q_mask = exists[:, None] & (k_channel < K_DIM)[None, :]
     x = tl.load(q_rows[:, None] + k_channel[None, :], mask=q_mask, other=0).to(tl.float32)
     queries = (x * scale).to(DOT)
@@ -324,24 +341,29 @@ def attend_window(
             slot - sinks + ring - oldest % ring
         ) % ring  # how long after the oldest a ring slot was written
         filled = tl.where(slot < sinks, slot < length, age < recent) & (slot < slots)
-        k_at = k_rows + slot.to(tl.int64)[:, None] * k_slot_stride + k_channel[None, :]
+        k_at = k_rows + slot.to(tl.int64) * k_slot_stride
+        v_at = v_rows + slot.to(tl.int64) * v_slot_stride
+        if ALIGNED:
+            k_at = tl.multiple_of(k_at, 16)
+            v_at = tl.multiple_of(v_at, 16)
+        k_at = k_at[:, None] + k_channel[None, :]
         keys = tl.load(k_at, mask=filled[:, None] & (k_channel < K_DIM)[None, :], other=0).to(tl.float32)
         logits = tl.dot(queries, tl.trans(keys.to(DOT)), input_precision="ieee")
         if CAPPED:
             logits = _softcap(logits, softcap)
         logits = tl.where(filled[None, :], logits, float("-inf"))
         weights, decay, top, total = _online(logits, top, total)
-        v_at = v_rows + slot.to(tl.int64)[:, None] * v_slot_stride + v_channel[None, :]
+        v_at = v_at[:, None] + v_channel[None, :]
         values = tl.load(v_at, mask=filled[:, None] & (v_channel < V_DIM)[None, :], other=0).to(tl.float32)
         acc = tl.dot(weights.to(DOT), values.to(DOT), acc * decay[:, None], input_precision="ieee")
 
     sequences = tl.num_programs(0) // kv_heads
     at = ((split.to(tl.int64) * sequences + sequence) * n_queries + query) * q_heads + q_head
-    _store_part(part_out, at, exists, acc, total, 0, V_DIM, V_DIM, V_WIDTH)
+    _store_part(part_out, at, exists, acc, total, 0, V_DIM, V_DIM)
     _store_lse(part_lse, at, exists, top, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=range(6))
 def merge_parts(part_out, part_lse, out, lse, rows, parts, V_DIM: tl.constexpr, V_WIDTH: tl.constexpr):
     """Grid (rows,): out [rows, Dv], lse [rows] of part_out [parts, rows, Dv], part_lse [parts, rows]."""
     row = tl.program_id(0).to(tl.int64)
@@ -358,12 +380,18 @@ def merge_parts(part_out, part_lse, out, lse, rows, parts, V_DIM: tl.constexpr, 
         safe = _finite(new_top)
         decay = tl.exp(top - safe)
         weight = tl.exp(part_top - safe)
-        x = tl.load(part_out + at * V_DIM + channel, mask=mask & (weight > 0), other=0)
+        x_row = part_out + at * V_DIM
+        if V_DIM % 4 == 0:
+            x_row = tl.multiple_of(x_row, 16)
+        x = tl.load(x_row + channel, mask=mask & (weight > 0), other=0)
         acc = acc * decay + x * weight
         total = total * decay + weight
         top = new_top
     some = total > 0
-    tl.store(out + row * V_DIM + channel, acc / tl.where(some, total, 1.0), mask=mask)
+    out_row = out + row * V_DIM
+    if V_DIM % 4 == 0:
+        out_row = tl.multiple_of(out_row, 16)
+    tl.store(out_row + channel, acc / tl.where(some, total, 1.0), mask=mask)
     tl.store(lse + row + one, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")))
 
 
@@ -371,9 +399,26 @@ def merge_parts(part_out, part_lse, out, lse, rows, parts, V_DIM: tl.constexpr, 
 
 
 @triton.jit
+def _load_exact(x, token_stride, run, run_mask, pos, inside, PLANE: tl.constexpr, ALIGNED: tl.constexpr):
+    """K or V of one head at runs `run` [R] and positions `pos` [S, L], 0 where not `inside`: float32 [R, S, L]."""
+    mask = run_mask[:, None, None] & inside[None, :, :]
+    if PLANE[4]:  # a run is a channel, and channels are contiguous
+        tokens = x + pos * token_stride
+        if ALIGNED:
+            tokens = tl.multiple_of(tokens, [16, 16])
+        at = tokens[None, :, :] + (PLANE[3] + run)[:, None, None]
+    else:
+        tokens = x + run * token_stride
+        if ALIGNED:
+            tokens = tl.multiple_of(tokens, 16)
+        at = tokens[:, None, None] + (PLANE[3] + pos)[None, :, :]
+    return tl.load(at, mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
 def _quantise(
-    x_rows, run, run_mask, pos_stride, page, PLANE: tl.constexpr, LENGTH: tl.constexpr, STRIPS: tl.constexpr,
-    SPAN: tl.constexpr, METADATA: tl.constexpr,
+    x, token_stride, run, run_mask, page, PLANE: tl.constexpr, LENGTH: tl.constexpr, STRIPS: tl.constexpr,
+    SPAN: tl.constexpr, METADATA: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Codes of runs, in packing order: int32 [R, STRIPS, SPAN]; LENGTH / STRIPS positions of SPAN exist.
 
@@ -384,9 +429,8 @@ def _quantise(
     LEVELS: tl.constexpr = (1 << PLANE[0]) - 1
     i = tl.arange(0, SPAN)
     pos = (tl.arange(0, STRIPS) * (LENGTH // STRIPS))[:, None] + i[None, :]
-    inside = i[None, :] < LENGTH // STRIPS
-    mask = run_mask[:, None, None] & inside[None, :, :]
-    x = tl.load(x_rows[:, None, None] + (pos * pos_stride)[None, :, :], mask=mask, other=0).to(tl.float32)
+    inside = tl.broadcast_to(i[None, :] < LENGTH // STRIPS, [STRIPS, SPAN])
+    x = _load_exact(x, token_stride, run, run_mask, pos, inside, PLANE, ALIGNED)
     group = tl.where(inside, pos // G, GROUPS)
     scale = tl.full(x.shape, 1.0, tl.float32)
     zero = tl.full(x.shape, 0.0, tl.float32)
@@ -420,50 +464,76 @@ def _store_packed(rows, run_mask, codes, BYTES: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
-def seal_plane(
-    x,  # K or V, from the plane's first channel on
-    pages,  # [N] int64
-    addresses,  # [capacity] int64
-    heads,  # [class heads, 2] int32: KV head, byte offset of its record
-    page_stride,
-    head_stride,
-    run_stride,
-    pos_stride,
-    PLANE: tl.constexpr,
-    RUNS: tl.constexpr,
-    LENGTH: tl.constexpr,
-    SPAN: tl.constexpr,  # LENGTH rounded up to a power of two
-    BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """Grid (N, class heads, run tiles): quantise, pack and store BLOCK runs of a plane of a page."""
-    page_id = tl.load(pages + tl.program_id(0))
-    entry = heads + 2 * tl.program_id(1)
-    head = tl.load(entry).to(tl.int64)
-    page = (tl.load(addresses + page_id) + tl.load(entry + 1)).to(tl.pointer_type(tl.uint8))
-    page = tl.multiple_of(page, 16)
-    run = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    run_mask = run < RUNS
-    x_rows = x + tl.program_id(0).to(tl.int64) * page_stride + head * head_stride + run * run_stride
+def _seal_runs(
+    x, token_stride, tile, page, PLANE: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
+    HALF: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Quantise, pack and store one tile of runs of a plane of one head, x [tokens, channels] being its K or V."""
+    RUNS: tl.constexpr = PLANE[1] if PLANE[4] else TOKENS
+    LENGTH: tl.constexpr = TOKENS if PLANE[4] else PLANE[1]
     BITS: tl.constexpr = PLANE[0]
+    SPAN: tl.constexpr = TILES[2]
+    run = (tile - TILES[0]) * TILES[3] + tl.arange(0, TILES[3])
+    run_mask = run < RUNS
     base = page + PLANE[6]
     if BITS >= 16:
-        pos = tl.arange(0, SPAN)
-        mask = run_mask[:, None] & (pos < LENGTH)[None, :]
-        values = tl.load(x_rows[:, None] + (pos * pos_stride)[None, :], mask=mask, other=0).to(tl.float32)
+        pos = tl.arange(0, SPAN)[None, :]
+        inside = pos < LENGTH
+        values = _load_exact(x, token_stride, run, run_mask, pos, inside, PLANE, ALIGNED)
+        values = values.reshape([TILES[3], SPAN])
         KIND: tl.constexpr = tl.float32 if BITS == 32 else HALF
-        at = base.to(tl.pointer_type(KIND)) + run[:, None] * LENGTH + pos[None, :]
-        tl.store(at, values.to(KIND), mask=mask)
+        at = base.to(tl.pointer_type(KIND)) + run[:, None] * LENGTH + pos
+        tl.store(at, values.to(KIND), mask=run_mask[:, None] & inside)
     elif BITS == 3:
         rows = base + run * (LENGTH * 3 // 8)
-        low = _quantise(x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, 4, SPAN // 4, True)
+        low = _quantise(x, token_stride, run, run_mask, page, PLANE, LENGTH, 4, SPAN // 4, True, ALIGNED)
         _store_packed(rows, run_mask, low & 3, LENGTH // 4, 2)
-        high = _quantise(x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, 8, SPAN // 8, False)
+        high = _quantise(x, token_stride, run, run_mask, page, PLANE, LENGTH, 8, SPAN // 8, False, ALIGNED)
         _store_packed(rows + LENGTH // 4, run_mask, high >> 2, LENGTH // 8, 1)
     else:
         STRIPS: tl.constexpr = 8 // BITS
         rows = base + run * (LENGTH * BITS // 8)
         codes = _quantise(
-            x_rows, run, run_mask, pos_stride, page, PLANE, LENGTH, STRIPS, SPAN // STRIPS, True
+            x, token_stride, run, run_mask, page, PLANE, LENGTH, STRIPS, SPAN // STRIPS, True, ALIGNED
         )
         _store_packed(rows, run_mask, codes, LENGTH * BITS // 8, BITS)
+
+
+@triton.jit(do_not_specialize=range(11))
+def seal_pages(
+    k,  # [N, Hkv, TOKENS, Ck]
+    v,  # [N, Hkv, TOKENS, Cv]
+    pages,  # [N] int64
+    addresses,  # [capacity] int64
+    heads,  # [class heads, 2] int32: KV head, byte offset of its record
+    k_page_stride,
+    k_head_stride,
+    k_token_stride,
+    v_page_stride,
+    v_head_stride,
+    v_token_stride,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    K_TILES: tl.constexpr,  # for each plane of K: its first tile, the one after its last, positions, runs a tile
+    V_TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    K_ALIGNED: tl.constexpr,
+    V_ALIGNED: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Grid (N, class heads, tiles): one tile of runs of one plane, of K or of V, of one head of a page."""
+    page_id = tl.load(pages + tl.program_id(0))
+    entry = heads + 2 * tl.program_id(1)
+    head = tl.load(entry).to(tl.int64)
+    page = (tl.load(addresses + page_id) + tl.load(entry + 1)).to(tl.pointer_type(tl.uint8))
+    page = tl.multiple_of(page, 16)
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(2)
+    keys = k + row * k_page_stride + head * k_head_stride
+    for p in tl.static_range(len(K)):
+        if (tile >= K_TILES[p][0]) & (tile < K_TILES[p][1]):
+            _seal_runs(keys, k_token_stride, tile, page, K[p], K_TILES[p], TOKENS, HALF, K_ALIGNED)
+    values = v + row * v_page_stride + head * v_head_stride
+    for p in tl.static_range(len(V)):
+        if (tile >= V_TILES[p][0]) & (tile < V_TILES[p][1]):
+            _seal_runs(values, v_token_stride, tile, page, V[p], V_TILES[p], TOKENS, HALF, V_ALIGNED)

@@ -10,8 +10,9 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,12 +21,19 @@ import torch
 from torch import Tensor, fx
 
 from kvcc._version import __version__
-from kvcc.errors import ArtifactExists, ArtifactManifest, ArtifactPath, ArtifactUnwritable
+from kvcc.errors import (
+    ArtifactExists,
+    ArtifactManifest,
+    ArtifactPath,
+    ArtifactUnwritable,
+    KernelUnavailable,
+)
 from kvcc.graph_format import graph_text, write_graph
 from kvcc.runtime import artifact as reader
-from kvcc.runtime.artifact import FileEntry, Manifest, read_manifest
+from kvcc.runtime.artifact import FileEntry, Manifest, read_artifact, read_manifest
 from kvcc.runtime.graph import parse_graph
 from kvcc.runtime.identity import ModelIdentity
+from kvcc.runtime.kernel_files import KernelEntry, KernelIndex, binary_target, index_name
 from kvcc.runtime.plan import Plan
 from kvcc.runtime.strict_json import parse_json
 from kvcc.runtime.tensor_file import DTYPES
@@ -111,14 +119,77 @@ def update_file(path: str | Path, name: str, data: bytes) -> None:
         raise ArtifactPath(f"{name}: only {reader.ACCURACY} and {reader.REPORT} can be added to an artifact")
     if name == reader.ACCURACY and not isinstance(_checked(data, name), dict):
         raise ArtifactManifest(f"{name}: not an object")
+    _update(path, {name: data}, [])
+
+
+def add_kernels(path: str | Path, targets: Sequence[str]) -> dict[str, int]:
+    """Compile the kernels that an artifact's decode steps need for GPU targets, and put them into it.
+
+    Kernels that it carries for these targets are replaced. Returns the number of kernels by target. Raises
+    KernelUnavailable for an unknown target, without triton, or when a kernel does not compile; ArtifactError when
+    `path` is no artifact or cannot be written.
+    """
+    check_gpu_targets(targets)
+    import triton
+
+    from kvcc.kernels.precompiled import compiled_for, sources_digest
+    from kvcc.runtime.precompiled import layer_shapes
+
+    artifact = read_artifact(path, verify="sizes")
+    shapes = layer_shapes(artifact.plan, artifact.graph)
+    contents: dict[str, bytes] = {}
+    counts: dict[str, int] = {}
+    for target in targets:
+        entries = []
+        for binary in compiled_for(shapes, target):
+            extension = "cubin" if target.startswith("sm_") else "hsaco"
+            file = f"{target}-{hashlib.sha256(binary.data).hexdigest()[:16]}.{extension}"
+            contents[f"kernels/{file}"] = binary.data
+            entries.append(KernelEntry(key=binary.key, name=binary.name, file=file, results=binary.results))
+        index = KernelIndex(
+            target=target,
+            triton=triton.__version__,
+            sources=sources_digest(),
+            kernels=tuple(sorted(entries, key=lambda entry: (entry.name, entry.key))),
+        )
+        contents[index_name(target)] = _json(index.model_dump(mode="json"), index_name(target))
+        counts[target] = len(entries)
+    old = [name for name in artifact.manifest.files if binary_target(name) in targets]
+    if len(artifact.manifest.files) - len(old) + len(contents) > reader.MAX_FILES:
+        raise KernelUnavailable(
+            f"{path}: its layers need so many different kernels that there would be more than {reader.MAX_FILES} "
+            "files; compile for fewer targets at a time, or let them be compiled where it runs"
+        )
+    _update(path, contents, old)
+    return counts
+
+
+def check_gpu_targets(targets: Sequence[str]) -> None:
+    """Raise KernelUnavailable unless kernels can be compiled for these targets here; to be called early."""
+    if not targets:
+        return
+    if find_spec("triton") is None:
+        raise KernelUnavailable("compiling GPU kernels needs triton; pip install 'kvcc[triton]'")
+    from kvcc.kernels.cross_compile import check_can_compile
+    from kvcc.kernels.precompiled import known_target
+
+    for target in targets:
+        known_target(target)
+    check_can_compile()
+
+
+def _update(path: str | Path, contents: Mapping[str, bytes], removed: Iterable[str]) -> None:
+    """Put files into an artifact, or replace them, take others out, and change its manifest, all or nothing."""
     manifest = read_manifest(Path(path))
     target = Path(os.path.realpath(path))
+    gone = {*contents, *removed}
     with _replacement(target, overwrite=True) as folder:
         shutil.copytree(target, folder, symlinks=True, copy_function=_link, dirs_exist_ok=True)
-        for old in (name, reader.MANIFEST):  # unlink: the old folder holds the same file
+        for old in (*gone, reader.MANIFEST):  # unlink: the old folder holds the same file
             (folder / old).unlink(missing_ok=True)
-        entry = _write(folder / name, [data])
-        _write_manifest(folder, manifest.model_copy(update={"files": {**manifest.files, name: entry}}))
+        kept = {name: entry for name, entry in manifest.files.items() if name not in gone}
+        new = {name: _write(folder / name, [data]) for name, data in contents.items()}
+        _write_manifest(folder, manifest.model_copy(update={"files": kept | new}))
 
 
 def check_target(path: str | Path, *, overwrite: bool) -> Path:
@@ -160,7 +231,7 @@ def _json(data: Any, name: str) -> bytes:
 
 def _checked(data: bytes, name: str) -> Any:
     """Decoded as the reader does it, so that what is written can be read."""
-    return parse_json(data, name, ArtifactManifest, reader.MAX_JSON_BYTES[name])
+    return parse_json(data, name, ArtifactManifest, reader.json_limit(name))
 
 
 def _kernel_digests() -> dict[str, str]:

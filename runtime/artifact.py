@@ -4,7 +4,7 @@ import hashlib
 import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +26,14 @@ from kvcc.errors import (
 from kvcc.runtime.dry_run import check_shapes
 from kvcc.runtime.graph import Program, build_module, parse_graph
 from kvcc.runtime.identity import ModelIdentity
+from kvcc.runtime.kernel_files import (
+    MAX_INDEX_BYTES,
+    KernelIndex,
+    binary_target,
+    check_kernel_files,
+    index_target,
+    parse_index,
+)
 from kvcc.runtime.plan import LayerPlan, Plan, parse_plan
 from kvcc.runtime.strict_json import parse_json
 from kvcc.runtime.tensor_file import Header, open_tensors, read_header
@@ -38,9 +46,9 @@ ACCURACY, REPORT = "accuracy.json", "report.html"
 REQUIRED = (PLAN, GRAPH, KERNELS, WEIGHTS, TABLES)
 FOLDERS = ("graph", "kernels", "tokenizer")
 MAX_JSON_BYTES = {MANIFEST: 16 << 20, PLAN: 64 << 20, GRAPH: 64 << 20, KERNELS: 1 << 20, ACCURACY: 64 << 20}
-MAX_FILES = 256
+MAX_FILES = 4096
 MAX_TOKENS = 1 << 24  # of a window or page
-_FILE = re.compile(r"(kernels|tokenizer)/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_FILE = re.compile(r"tokenizer/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 TOP_NAMES = {MANIFEST, PLAN, WEIGHTS, TABLES, ACCURACY, REPORT, *FOLDERS}
 
 Verify = bool | Literal["sizes"]
@@ -83,6 +91,7 @@ class Artifact:
     weights: Mapping[str, Tensor]  # mapped from the file when on the CPU
     tables: Mapping[str, Tensor]
     accuracy: dict[str, Any] | None
+    kernels: Mapping[str, KernelIndex] = field(default_factory=dict)  # GPU binaries carried, by target
 
 
 def read_artifact(path: str | Path, *, verify: Verify = True, device: torch.device | str = "cpu") -> Artifact:
@@ -100,7 +109,8 @@ def read_artifact(path: str | Path, *, verify: Verify = True, device: torch.devi
     if verify is True and (problems := _wrong_digests(folder, manifest)):
         raise ArtifactDigest(f"{folder}: {problems[0]}; the artifact was altered or damaged: get it again")
     plan = _read_plan(folder, manifest.model)
-    _check_kernels(_read_json(folder, KERNELS))
+    _check_sources(_read_json(folder, KERNELS))
+    kernels = _read_indexes(folder, manifest)
     check_tables(read_header(folder / TABLES), plan)
     graph = parse_graph(_read_json(folder, GRAPH))
     check_graph(graph, read_header(folder / WEIGHTS), plan, manifest.model)
@@ -108,7 +118,8 @@ def read_artifact(path: str | Path, *, verify: Verify = True, device: torch.devi
     tables = open_tensors(folder / TABLES, target)
     check_table_values(tables, plan)
     weights = open_tensors(folder / WEIGHTS, target)
-    return Artifact(folder, manifest, plan, graph, weights, tables, _read_accuracy(folder, manifest))
+    accuracy = _read_accuracy(folder, manifest)
+    return Artifact(folder, manifest, plan, graph, weights, tables, accuracy, kernels)
 
 
 def module(artifact: Artifact, device: torch.device | str) -> fx.GraphModule:
@@ -158,7 +169,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def is_file_name(name: str) -> bool:
     """Whether version 1 has a place for a file of this name, relative to the folder, with `/`."""
-    return name in (*REQUIRED, ACCURACY, REPORT) or _FILE.fullmatch(name) is not None
+    if name in (*REQUIRED, ACCURACY, REPORT) or _FILE.fullmatch(name):
+        return True
+    return index_target(name) is not None or binary_target(name) is not None
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:
@@ -243,7 +256,7 @@ def _wrong_digests(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _read_json(folder: Path, name: str) -> Any:
-    path, limit = folder / name, MAX_JSON_BYTES[name]
+    path, limit = folder / name, json_limit(name)
     if _kind(path) != "file":
         raise ArtifactPath(f"{path}: not a regular file; links and devices are refused")
     try:
@@ -263,9 +276,22 @@ def _read_accuracy(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
     return data
 
 
-def _check_kernels(data: Any) -> None:
+def json_limit(name: str) -> int:
+    """The most bytes that are read of a JSON file of this name."""
+    return MAX_JSON_BYTES.get(name, MAX_INDEX_BYTES)
+
+
+def _check_sources(data: Any) -> None:
     if not isinstance(data, dict) or not all(isinstance(value, str) for value in data.values()):
         raise ArtifactManifest(f"{KERNELS}: not an object of source names and digests")
+
+
+def _read_indexes(folder: Path, manifest: Manifest) -> dict[str, KernelIndex]:
+    """The indexes of GPU binaries by target; the binaries themselves are not read."""
+    names = {name: target for name in sorted(manifest.files) if (target := index_target(name))}
+    indexes = {target: parse_index(_read_json(folder, name), name) for name, target in names.items()}
+    check_kernel_files({name: entry.size for name, entry in manifest.files.items()}, indexes.values())
+    return indexes
 
 
 # --------------------------------------------------------------------------- plan, tables, graph

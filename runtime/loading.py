@@ -11,6 +11,7 @@ from kvcc.kernels.linear import WeightType
 from kvcc.runtime.artifact import module, read_artifact
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
+from kvcc.runtime.precompiled import use_precompiled
 from kvcc.runtime.tokenizer import Tokenizer
 
 
@@ -21,23 +22,28 @@ def load(
     backend: str = "auto",
     weights: WeightType | None = None,
     verify: bool | Literal["sizes"] = True,
+    precompiled: bool = False,
 ) -> CompiledModel:
     """A compiled model from an artifact folder.
 
     Weights are memory-mapped on the CPU. `backend` is auto, reference, cpu or triton. `weights` stores those of linear
     layers as bfloat16 or int8 instead, on the CPU: decoding reads fewer bytes, at some accuracy. `verify` checks every
-    file's digest (True), or sizes and structure only ("sizes"). Raises ArtifactError for what is malformed, altered
-    or not understood, KernelUnavailable when `backend` cannot run here.
+    file's digest (True), or sizes and structure only ("sizes"). `precompiled` allows the GPU kernels that the artifact
+    carries to be used: they are code, so say it of makers you trust only; else kernels are compiled here. Raises
+    ArtifactError for what is malformed, altered or not understood, KernelUnavailable when `backend` cannot run here.
     """
     target = torch.device(device)
     if weights is not None and target.type != "cpu":
-        raise KernelUnavailable(f"weights can be stored as {weights} on the CPU only, not on {target}; leave it out")
+        raise KernelUnavailable(
+            f"weights can be stored as {weights} on the CPU only, not on {target}; leave it out"
+        )
     artifact = read_artifact(Path(path), verify=verify, device=target)
     kernels = kernel_backend(backend, target)
     for index, layout in enumerate(artifact.plan.layouts()):
         reason = layout and kernels.supports(layout, getattr(torch, artifact.plan.dtype), target)
         if reason:
             raise KernelUnavailable(f"layer {index}: {kernels.name} kernels cannot run this plan: {reason}")
+    use_precompiled(artifact, kernels, target, allowed=precompiled)
     folder = Path(path) / "tokenizer"
     try:
         graph = fuse(module(artifact, target), weights)

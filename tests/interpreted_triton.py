@@ -5,6 +5,7 @@ tests of a process. `test_triton` runs this file in a process of its own.
 """
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     raise RuntimeError("run this file with TRITON_INTERPRET=1")
 
-from kernel_cases import SPECS, Spec, build, tolerance
+from kernel_cases import SPECS, Spec, build, side, tolerance
 
+from benchmarks import gpu
 from kvcc.kernels import reference, triton
 from kvcc.kernels.layout import Plane, Side, page_layout
 from kvcc.kernels.pool import PagePool
@@ -33,8 +35,6 @@ QUICK = {
     "k-by-token",
     "page-8",
     "page-24",
-    "dim80-2bit",
-    "dim128-group8",
     "sinks16-length0",
     "sinks0-length1",
     "bias-softcap-queries5",
@@ -42,6 +42,91 @@ QUICK = {
 }
 CASES = [pytest.param(s, id=str(s), marks=[] if s.name in QUICK else [pytest.mark.slow]) for s in SPECS]
 SEALED = [case for case, s in zip(CASES, SPECS, strict=True) if s.paged and any(map(s.sealed, s.lengths))]
+
+
+# Every head size with every group size, and with every width (0 stands for 4 bits of pruned K) in both half types.
+HEAD_SIZES = (64, 80, 96, 128, 256)
+WIDTHS = (2, 3, 4, 8, 16, 0)
+
+
+def _matrix() -> Iterator[Spec]:
+    for dim in HEAD_SIZES:
+        for i, group in enumerate(range(1, 17)):
+            width, dtype = WIDTHS[i % 6], (torch.float16, torch.bfloat16)[i // 6 % 2]
+            bits = width or 4
+            k = side("tokens", 32, (bits, dim if width else int(dim * 0.6)))
+            v = side("channels", 16, (bits, dim))
+            heads = 2 if group < 3 else 1
+            yield Spec(
+                f"dim{dim}-group{group}-width{width}-{str(dtype)[6:]}", (k,) * heads, (v,) * heads, dim=dim,
+                page=32, group=group, dtype=dtype, lengths=(79, 10), sinks=4, recent=8, bias=not width,
+            )  # fmt: skip
+
+
+MATRIX = list(_matrix())
+MATRIX_CASES = [
+    pytest.param(s, id=str(s), marks=[] if i % 27 == 0 else [pytest.mark.slow]) for i, s in enumerate(MATRIX)
+]
+
+
+def test_the_matrix_is_complete() -> None:
+    for dim in HEAD_SIZES:
+        mine = [s for s in MATRIX if s.dim == dim]
+        assert {s.group for s in mine} == set(range(1, 17))
+        stored = {(s.k[0].planes[0], s.dtype) for s in mine}
+        assert len(stored) == 12
+        assert {plane.bits for plane, _ in stored} == {2, 3, 4, 8, 16}
+        assert any(plane.channels < dim for plane, _ in stored)
+
+
+@pytest.mark.parametrize("spec", MATRIX_CASES)
+def test_head_sizes_groups_and_widths(spec: Spec) -> None:
+    """Attention agrees with the reference, over pages that this backend sealed to the reference's bytes."""
+    case = build(spec)
+    assert case.layout is not None
+    assert case.cached.pool is not None
+    expected_out, expected_lse = reference.attend(
+        case.cached, case.q, case.q_pages, case.scale, 0.0, case.page_bias
+    )
+    sealed = case.cached.pool.read(case.ids)
+    for block in case.cached.pool.blocks:
+        block.zero_()
+    triton.seal(case.layout, case.k_pages, case.v_pages, case.cached.pool, case.ids)
+    assert torch.equal(case.cached.pool.read(case.ids), sealed)
+    out, lse = triton.attend(case.cached, case.q, case.q_pages, case.scale, 0.0, case.page_bias)
+    torch.testing.assert_close(out, expected_out, atol=tolerance(spec.dtype), rtol=0)
+    torch.testing.assert_close(lse, expected_lse, atol=tolerance(spec.dtype), rtol=0)
+
+
+def test_the_gpu_benchmark_from_its_arguments_to_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    """All of it but the GPU's clock: what it checks, fills, runs and computes."""
+    arguments = gpu.parser().parse_args(
+        ["--dims=64", "--batches=2", "--lengths=140", "--kv-heads=1", "--group=2", "--rounds=3"]
+    )
+    ran: list[object] = []
+
+    def timed(run: Callable[[], object], rounds: int) -> list[float]:
+        ran.append(run())
+        return [1e-6 * (2 + i) for i in range(rounds)]
+
+    clock = gpu.Clock(torch.device("cpu"), timed, timed, compile=lambda function: function)
+    found = gpu.report(arguments, clock, {"device": "none"})
+    names = [f"kvcc {storage}" for storage in gpu.STORAGES]
+    assert [r["contender"] for r in found["rows"]] == [
+        "SDPA", "FlexAttention", *names, *(f"{name}, seal a page" for name in names)
+    ]  # fmt: skip
+    assert len(found["largest_errors"]) == 3
+    assert all(0 < error <= gpu.LARGEST_ERROR for error in found["largest_errors"].values())
+    assert found["copy_bytes_per_second"] == pytest.approx(2 * (1 << 20) / 3e-6)
+    sdpa, _, kivi = found["rows"][:3]
+    assert sdpa["nbytes"] == 4 * 2 * 140 * 64
+    assert kivi["nbytes"] == 2 * (64 * 72 + 76 * 4 * 64)  # a page at 72 bytes a token; 76 exact tokens
+    assert kivi["of_bound"] == pytest.approx(kivi["nbytes"] / found["copy_bytes_per_second"] / 3e-6)
+    assert all(r["of_sdpa"] == 1 for r in found["rows"][:5])
+    assert [r["of_sdpa"] for r in found["rows"][5:]] == [None] * 3
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    torch.testing.assert_close(ran[1], ran[3], atol=2e-3, rtol=0)  # SDPA and FlexAttention, after the copy
 
 
 def test_quick_cases_exist() -> None:

@@ -28,6 +28,7 @@ from kvcc.errors import ArtifactError, ArtifactExists, ArtifactUnwritable
 from kvcc.pipeline import Compiled
 from kvcc.runtime import load
 from kvcc.runtime.artifact import module, read_artifact, read_manifest, verify_digests
+from kvcc.runtime.fuse import fuse
 from tests.compiled import compiled, recipe, runnable, tokens
 from tests.test_graph_format import mutate
 from tests.tiny import tiny_graph
@@ -108,6 +109,7 @@ def test_golden_loads_for_ever() -> None:
 
 def test_round_trip(original: Path) -> None:
     before = runnable("llama", recipe(CHOSEN))
+    fuse(before.graph)
     found = read_artifact(original)
     after = load(original, backend="reference")
     assert (found.plan, found.manifest.model, found.accuracy) == (before.plan, before.identity, {"kl": 0.5})

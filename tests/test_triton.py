@@ -1,6 +1,7 @@
 """The triton backend: interpreter parity, cross-compilation, and, where there is a GPU, the real thing."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,10 @@ pytest.importorskip("triton")
 from kernel_cases import SPECS, Spec, build, tolerance
 
 from kvcc.errors import KernelUnavailable
-from kvcc.kernels import compile_targets, reference, report, triton, triton_kernels
+from kvcc.kernels import compile_targets, reference, report, storages, triton
+from kvcc.kernels.cross_compile import compile_launch, pretended
 from kvcc.kernels.head_classes import head_classes, padded
+from kvcc.kernels.layer_launches import layer_launches
 from kvcc.kernels.layout import Plane, Side, page_layout
 
 INTERPRETED = Path(__file__).with_name("interpreted_triton.py")
@@ -58,43 +61,71 @@ def test_packed_bytes_are_read_in_wide_loads() -> None:
     assert "ld.global.b8" not in ptx
 
 
-@pytest.mark.parametrize("kernel", ["attend_pages", "attend_window", "merge_parts", "seal_plane"])
-def test_arguments_equal_to_one_compile(kernel: str) -> None:
-    """The just-in-time compiler makes integer arguments of 1 constants, which lack a tensor's methods."""
-    good = next(c for c in compile_targets.configurations() if c.kernel == kernel)
-    given = getattr(triton_kernels, kernel).arg_names
-    integers = tuple(
-        name
-        for name in given
-        if name not in good.constants
-        and name not in (*compile_targets.POINTERS, *compile_targets.INPUTS, *compile_targets.FLOATS)
-    )
-    assert integers
-    usage = compile_targets.measure(replace(good, ones=integers), compile_targets.TARGETS["sm_90"])
-    assert usage.code > 100
+def test_aligned_rows_are_read_and_written_in_wide_pieces() -> None:
+    """Strides are no constants; the compiler must still see that they are multiples of 16 bytes, where they are."""
+    for dim, wide in ((64, True), (20, False)):
+        shape = replace(compile_targets.layer_shape("exact", 64), layout=None, k_dim=dim, v_dim=dim)
+        window = _ptx(layer_launches(shape))["attend_window"]
+        assert bool(re.search(r"cp\.async\.cg|ld\.global\.v4", window)) == wide
+        assert ("ld.global.b16" in window) != wide
+    for storage in ("kivi-4", "kivi-3"):
+        found = _ptx(layer_launches(compile_targets.layer_shape(storage, 64)))
+        assert "st.global.v4.b32" in found["attend_pages"]
+        assert "ld.global.v4.b32" in found["seal_pages"]
+        assert "ld.global.b16" not in found["seal_pages"]
+
+
+def _ptx(launches: list[triton.Launch]) -> dict[str, str]:
+    """What launches compile to for sm_90, by kernel."""
+    with pretended(compile_targets.TARGETS["sm_90"]):
+        return {kernel.name: kernel.asm["ptx"] for kernel in map(compile_launch, launches)}
+
+
+def test_a_layer_seals_in_one_launch() -> None:
+    launches = layer_launches(compile_targets.layer_shape("mixed-4-2", 64))
+    assert [launch.kernel.__name__ for launch in launches] == [
+        "attend_window", "attend_pages", "merge_parts", "seal_pages"
+    ]  # fmt: skip
+    (seal,) = (launch.constants for launch in launches if launch.kernel.__name__ == "seal_pages")
+    tiles = (*seal["K_TILES"], *seal["V_TILES"])
+    assert len(tiles) == 3
+    assert [first for first, *_ in tiles] == [0, *(last for _, last, *_ in tiles[:-1])]
 
 
 def test_more_registers_than_there_are_is_seen_as_a_spill() -> None:
     """The spill figure is not always 0: a tile far too large for its warps."""
-    good = next(c for c in compile_targets.configurations() if c.name == "head 128, 1 new, bf16")
-    bad = replace(good, constants=good.constants | {"TILE": 64}, warps=1, stages=1)
-    assert compile_targets.measure(bad, compile_targets.TARGETS["sm_80"]).spilled > 0
+    good = next(c for c in compile_targets.configurations() if c.name == "head 128, 1 new, bf16").launch
+    bad = replace(good, constants=good.constants | {"TILE": 64, "num_warps": 1, "num_stages": 1})
+    target = compile_targets.TARGETS["sm_80"]
+    with pretended(target):
+        assert compile_targets.usage(compile_launch(bad), target).spilled > 0
     assert "too large" in report.spills(
         {"attend_pages": {"too large": {"sm_80": compile_targets.Usage(255, 8, 0, 1)}}}
     )[0]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)  # 279 compilations, when Triton's cache is empty
+@pytest.mark.timeout(2400)  # 273 compilations, when Triton's cache is empty
 def test_no_shipped_configuration_spills() -> None:
-    assert report.spills(report.collect()) == []
+    table = report.collect()
+    assert report.spills(table) == []
+    assert report.stale(Path(__file__).parents[1] / report.DOCUMENT, report.document_text(table)) == []
 
 
-def test_bytes_per_token_by_hand() -> None:
+def test_bytes_and_operations_by_hand() -> None:
     """kivi-2, head 64, groups of 32: codes 2 bits and 2 x 16 bits a group of 32 make 3 bits an element."""
-    assert compile_targets.bytes_per_token("kivi-2", 64) == 2 * 64 * 3 / 8
-    assert compile_targets.bytes_per_token("exact", 128) == 2 * 128 * 2
-    assert compile_targets.operations_per_token("exact", 64, 1) == 2 * 128 + 6
+    assert storages.bytes_per_token("kivi-2", 64) == 2 * 64 * 3 / 8
+    assert storages.bytes_per_token("exact", 128) == 2 * 128 * 2
+    assert storages.vector_operations("exact", 64, 1) == 128 + 6
+    assert storages.vector_operations("kivi-4", 64, 4) == 4.5 * 128 + 24
+    assert storages.matrix_operations("think-40-kivi-4", 64, 4) == 2 * 16 * (38 + 64)
+
+
+def test_a_bound_is_the_largest_of_three() -> None:
+    chip = report.Chip(memory=1e12, processors=10, threads=100, clock=1e9, matrix=1e14)
+    assert report.bound(chip, 2e12, 1e12, 1e14) == (2.0, "bytes")
+    assert report.bound(chip, 1e12, 3e12, 1e14) == (3.0, "vector")
+    assert report.bound(chip, 1e12, 1e12, 4e14) == (4.0, "matrix")
 
 
 def test_report_writes_between_the_markers(tmp_path: Path) -> None:
@@ -107,6 +138,16 @@ def test_report_writes_between_the_markers(tmp_path: Path) -> None:
         report.write(document, "new")
     with pytest.raises(KernelUnavailable, match="source tree"):
         report.write(tmp_path / "absent.md", "new")
+
+
+def test_other_figures_in_the_document_are_a_fault(tmp_path: Path) -> None:
+    document = tmp_path / "kernels.md"
+    assert report.stale(document, "new") == []
+    document.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write(document, "new")
+    assert report.stale(document, "new") == []
+    (line,) = report.stale(document, "newer")
+    assert "--write" in line
 
 
 def test_committed_document_holds_every_configuration() -> None:

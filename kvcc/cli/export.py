@@ -24,6 +24,13 @@ from kvcc.cli._console import err, json_option, out, print_json, size
 )
 @click.option("--force", is_flag=True, help="Replace an existing artifact.")
 @click.option("--explain", is_flag=True, help="Say for each layer what each pass did, or why it did nothing.")
+@click.option(
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="TARGET",
+    help="Put kernels compiled for this GPU target (sm_90, gfx942, …) into the artifact; may be given several times.",
+)
 @click.option("--check", "run_check", is_flag=True, help="Measure accuracy and store it in the artifact.")
 @json_option
 def command(
@@ -34,6 +41,7 @@ def command(
     dtype: str,
     force: bool,
     explain: bool,
+    gpus: tuple[str, ...],
     run_check: bool,
     as_json: bool,
 ) -> None:
@@ -41,13 +49,14 @@ def command(
     from kvcc.recipe import load_recipe
 
     chosen = load_recipe(recipe)  # before any model is loaded
-    from kvcc.artifact import check_target
+    from kvcc.artifact import add_kernels, check_gpu_targets, check_target
     from kvcc.compile import compile_model
     from kvcc.frontend import load_model
     from kvcc.pipeline import PassReport
     from kvcc.profile import Profile
 
     check_target(output, overwrite=force)
+    check_gpu_targets(gpus)
     statistics = Profile.load(profile) if profile else None
     loaded = load_model(model, dtype)
 
@@ -63,6 +72,10 @@ def command(
             out.print(f"  layer {note.layer}: {'' if note.fired else 'not applied: '}{escape(note.text)}")
 
     compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=show)
+    kernels: dict[str, int] = {}
+    if gpus:
+        with err.status("compiling GPU kernels", spinner="line"):
+            kernels = add_kernels(output, gpus)
     verdict: dict[str, Any] | None = None
     if run_check:
         from kvcc.checking import check, store_accuracy
@@ -81,6 +94,7 @@ def command(
         "layer_bytes_per_token": [plan.layer_bytes_per_token(i) for i in range(len(plan.layers))],
         "smaller_from_tokens": plan.break_even(),
         "passes": [{"name": r.name, "seconds": r.seconds} for r in compiled.reports],
+        "gpu_kernels": kernels,
         "accuracy": verdict,
     }
     if as_json:
@@ -114,6 +128,8 @@ def command(
         out.print(
             f"held-out text: KL {overall['kl']:.4f}, perplexity {overall['ppl_increase_percent']:+.2f} %"
         )
+    for target, count in kernels.items():
+        out.print(f"carries {count} kernels compiled for {target}")
     out.print(f"wrote {output}")
 
 

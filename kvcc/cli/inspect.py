@@ -1,5 +1,6 @@
 """kvcc inspect: what is in an artifact."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def command(artifact: Path, verify: bool, as_json: bool) -> None:
         "smaller_from_tokens": plan.break_even(),
         "cache_bytes": {n: [plan.cache_bytes(n), plan.uncompressed_bytes(n)] for n in (4096, 8192)},
         "layers": [_layer(plan, i) for i in range(len(plan.layers))],
+        "gpu_kernels": {target: _carried(index) for target, index in found.kernels.items()},
         "backends": _backends(plan),
         "accuracy": found.accuracy,
     }
@@ -42,6 +44,29 @@ def command(artifact: Path, verify: bool, as_json: bool) -> None:
         print_json(facts)
         return
     _show(facts)
+
+
+def _carried(index: Any) -> dict[str, Any]:
+    """What an artifact carries for one GPU target, and whether this machine's Triton and kvcc would take it."""
+    return {
+        "kernels": len(index.kernels),
+        "triton": index.triton,
+        "sources": index.sources,
+        "usable_here": _mismatch(index) is None,
+        "why_not": _mismatch(index),
+    }
+
+
+def _mismatch(index: Any) -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed here"
+    import triton
+
+    from kvcc.kernels.precompiled import sources_digest
+
+    if index.triton != triton.__version__:
+        return f"for triton {index.triton}, this is {triton.__version__}"
+    return None if index.sources == sources_digest() else "from other kernel sources than this kvcc's"
 
 
 def _layer(plan: Any, index: int) -> dict[str, Any]:
@@ -101,6 +126,13 @@ def _show(facts: dict[str, Any]) -> None:
     head.add_row("smaller than fp16", f"from {even:,} tokens on" if even is not None else "never")
     for name, reason in facts["backends"].items():
         head.add_row(f"{name} kernels", "can run it here" if reason is None else reason)
+    for target, carried in facts["gpu_kernels"].items():
+        why = carried["why_not"]
+        head.add_row(
+            f"carried for {target}",
+            f"{carried['kernels']} kernels, triton {carried['triton']}"
+            + (f"; not usable here: {why}" if why else "; used on request (--precompiled)"),
+        )
     out.print(head)
     table = Table(
         "layers", "stored in sealed pages", "K channels", "sinks", "recent", "page", "bytes per token"

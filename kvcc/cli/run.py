@@ -1,5 +1,6 @@
 """kvcc run: generate from an artifact."""
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "int8"]),
     help="Store linear layers so (CPU): fewer bytes to read a step, at some accuracy.  [default: as they are]",
 )
+@click.option(
+    "--precompiled",
+    is_flag=True,
+    help="Use GPU kernels that ARTIFACT carries. They are code: only from a maker you trust.",
+)
 @json_option
 def command(
     artifact: Path,
@@ -51,6 +57,7 @@ def command(
     device: str,
     backend: str,
     weights: "WeightType | None",
+    precompiled: bool,
     as_json: bool,
 ) -> None:
     """Generate text from ARTIFACT, streaming it; ends with tokens per second and cache bytes against fp16."""
@@ -59,7 +66,10 @@ def command(
     text = _read(prompt)
     sampling = Sampling(temperature, top_k, top_p, seed)
     start = time.perf_counter()
-    model = load(artifact, device=device, backend=backend, weights=weights)
+    if precompiled:  # then say whether they were used
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("kvcc.runtime.precompiled").setLevel(logging.INFO)
+    model = load(artifact, device=device, backend=backend, weights=weights, precompiled=precompiled)
     loading = time.perf_counter() - start
     chat = not raw and model.tokenizer is not None and model.tokenizer.has_chat_template
     messages = [

@@ -1,0 +1,1 @@
+"""Timings that need an idle machine; `python -m benchmarks.compare` runs the peers."""
