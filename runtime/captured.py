@@ -5,6 +5,7 @@ do becomes a list of records that one call runs. Operators that it cannot do run
 Activations are float32 whatever the model's type: weights are widened in registers, and casts disappear.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,12 +74,17 @@ class CapturedStep:
         self.threads = torch.get_num_threads()
         n = tokens.shape[1]
         self._places = {a.plan.policy: (a.plan, _places(n)) for a in self.attentions}
+        self._lock = threading.Lock()
         self._bound: list[int] = []
         self._calls: list[Call] = []
         self._alive: list[Any] = []
 
     def run(self, tokens: Sequence[int], cache: Cache) -> Tensor:
         """Logits [n, V] after `tokens`, one for each sequence; between `cache.begin` and `cache.commit`."""
+        with self._lock:  # caches of several threads share these buffers
+            return self._run(tokens, cache)
+
+    def _run(self, tokens: Sequence[int], cache: Cache) -> Tensor:
         self.tokens.copy_(torch.tensor([list(tokens)]))
         self.positions.copy_(torch.tensor([cache.lengths]))
         full: dict[Policy, list[int]] = {}  # sequences whose oldest page is due after this token

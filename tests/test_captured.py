@@ -1,6 +1,7 @@
 """Captured decode steps against the graph run operator by operator."""
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -90,6 +91,17 @@ def test_one_step_serves_several_caches_and_what_is_left_of_a_batch() -> None:
         logits.append(torch.cat(got))
     assert {rows for rows, _ in model.steps} == {1, 2}
     torch.testing.assert_close(logits[0], logits[1], atol=2e-4, rtol=2e-4)
+
+
+def test_threads_may_decode_with_caches_of_their_own() -> None:
+    model = runnable("llama", recipe(), cpu)
+    fuse(model.graph)
+    following = [[t] for t in range(30)]
+    prompts = [[row] for row in tokens(9, 14, 30)]
+    alone = [decoded(model, prompt, following) for prompt in prompts]
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(lambda prompt: decoded(model, prompt, following), prompts))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together))
 
 
 def test_a_step_returns_logits_of_its_own() -> None:
