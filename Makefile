@@ -7,10 +7,16 @@ BIN := $(VENV)/bin
 # Python compiles the modules it imports; compiling all of torch and transformers up front takes longer.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint constraints.txt
 
-.PHONY: demo test test-slow lint format types ci clean
+.PHONY: demo bench test test-slow lint format types ci clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvcc demo
+
+# Half an hour more the first time, which builds the peers' environments in .bench. Wants an idle machine.
+# `make bench BENCH="--peers kivi-4,llama --rounds 5"` chooses; python -m benchmarks.compare --help lists the options.
+BENCH ?= --write
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.compare $(BENCH)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
