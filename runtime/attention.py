@@ -7,11 +7,11 @@ axis, so a ragged batch has no padding.
 import torch
 from torch import Tensor
 
-from kvcc.kernels.exact import causal_attention
-from kvcc.kernels.reference import merge
+from kvcc.kernels.exact import causal_attention, merged
 from kvcc.runtime.cache import Cache, LayerCache
 
 REQUEST_QUERIES = 32  # ThinK's observation window: the last prompt queries that choose the channels
+GATHERED = 4096  # tokens whose stored channels are gathered at a time while sealing
 
 
 def cached_attention(
@@ -62,27 +62,53 @@ def _extend(
     cache: Cache, index: int, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """Any number of new tokens: exact causal attention among them, merged with attention over what is cached."""
-    layer = cache.layers[index]
-    outs, lses, first = [], [], 0
+    parts, first, many = None, 0, sum(count > 0 for count in cache.counts) > 1
     for row, count in enumerate(cache.counts):
         if count == 0:
             continue
         new = slice(first, first + count)
         first += count
         q_row, k_row, v_row = q[:, new], k[:, new], v[:, new]
-        if layer.plan.window:
-            slots = _recent_slots(layer, row, cache.lengths[row])
-            k_all = torch.cat([layer.window_k[row][:, slots], k_row], dim=1)
-            v_all = torch.cat([layer.window_v[row][:, slots], v_row], dim=1)
-            out, lse = causal_attention(q_row, k_all, v_all, scale, window, softcap)
-        else:
-            out, lse = causal_attention(q_row, k_row, v_row, scale, 0, softcap)
-            if cache.lengths[row]:
-                out, lse = merge([(out, lse), _attend_cached(cache, index, row, q_row, scale, softcap)])
+        out, lse = _attend_row(cache, index, row, q_row, k_row, v_row, scale, window, softcap)
         store(cache, index, row, q_row, k_row, v_row)
-        outs.append(out)
-        lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+        if not many:
+            return out, lse
+        if parts is None:
+            parts = out.new_empty(q.shape[1], *out.shape[1:]), lse.new_empty(q.shape[1], q.shape[0])
+        parts[0][new], parts[1][new] = out, lse
+        del out, lse  # before the next sequence makes its own
+    assert parts is not None
+    return parts
+
+
+def _attend_row(
+    cache: Cache,
+    index: int,
+    row: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """New tokens of one sequence over what it has cached and themselves: out [n, Hq, Dv], lse [n, Hq]."""
+    layer, length = cache.layers[index], cache.lengths[row]
+    if not layer.plan.window:
+        exact = causal_attention(q, k, v, scale, 0, softcap)
+        return merged(exact, _attend_cached(cache, index, row, q, scale, softcap)) if length else exact
+    slots = _recent_slots(layer, row, length)
+    if not len(slots):
+        return causal_attention(q, k, v, scale, window, softcap)
+    # Only the first `window` tokens see cached ones, so no more than these are copied behind them.
+    near = min(k.shape[1], window)
+    k_near = torch.cat([layer.window_k[row][:, slots], k[:, :near]], dim=1)
+    v_near = torch.cat([layer.window_v[row][:, slots], v[:, :near]], dim=1)
+    head = causal_attention(q[:, :near], k_near, v_near, scale, window, softcap)
+    if near == k.shape[1]:
+        return head
+    rest = causal_attention(q[:, near:], k, v, scale, window, softcap)
+    return torch.cat([head[0], rest[0]]), torch.cat([head[1], rest[1]])
 
 
 def _attend_cached(
@@ -113,19 +139,32 @@ def store(cache: Cache, index: int, row: int, q: Tensor, k: Tensor, v: Tensor) -
         layer.window_k[row][:, length : length + count] = k[:, :count]
         layer.window_v[row][:, length : length + count] = v[:, :count]
         k, v = k[:, count:], v[:, count:]
-    old, new = plan.sealed(length), plan.sealed(total)
-    if plan.page and new > old:
+    due = plan.sealed(total) - plan.sealed(length) if plan.page else 0
+    if due:
         slots = _recent_slots(layer, row, length)
-        if len(slots):
-            k = torch.cat([layer.window_k[row][:, slots], k], dim=1)
-            v = torch.cat([layer.window_v[row][:, slots], v], dim=1)
-        _seal(cache, index, row, k[:, : new - old], v[:, : new - old])
-        k, v = k[:, new - old :], v[:, new - old :]
-    k, v = k[:, -plan.ring :], v[:, -plan.ring :]
-    tokens = torch.arange(total - k.shape[1], total, device=k.device)
-    slots = plan.sinks + (tokens - plan.sinks) % plan.ring
-    layer.window_k[row][:, slots] = k
-    layer.window_v[row][:, slots] = v
+        # Pages that begin among the recent tokens are put together; those behind them are sealed where k and v lie.
+        borrowed = min(due, -(-len(slots) // plan.page) * plan.page)
+        if borrowed:
+            joined = (
+                torch.cat([window[row][:, slots], x[:, : max(0, borrowed - len(slots))]], dim=1)
+                for window, x in ((layer.window_k, k), (layer.window_v, v))
+            )
+            _seal(cache, index, row, *(x[:, :borrowed] for x in joined))
+        taken = max(0, borrowed - len(slots))
+        behind = taken + due - borrowed
+        if behind > taken:
+            _seal(cache, index, row, k[:, taken:behind], v[:, taken:behind])
+    _put_recent(layer, row, total, k[:, -plan.ring :], v[:, -plan.ring :])
+
+
+def _put_recent(layer: LayerCache, row: int, total: int, k: Tensor, v: Tensor) -> None:
+    """Write the last tokens k, v of a sequence of `total` tokens, at most as many as the ring has slots."""
+    plan, count = layer.plan, k.shape[1]
+    at = (total - count - plan.sinks) % plan.ring if count else 0
+    straight = min(count, plan.ring - at)  # up to the ring's end; the others go to its beginning
+    for window, x in ((layer.window_k[row], k), (layer.window_v[row], v)):
+        window[:, plan.sinks + at : plan.sinks + at + straight] = x[:, :straight]
+        window[:, plan.sinks : plan.sinks + count - straight] = x[:, straight:]
 
 
 def _recent_slots(layer: LayerCache, row: int, length: int) -> Tensor:
@@ -141,12 +180,25 @@ def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
     layer = cache.layers[index]
     assert layer.layout is not None
     assert layer.pool is not None
-    count = k.shape[1] // layer.plan.page
-    if layer.channels is not None:
-        chosen = layer.channels[row if len(layer.channels) > 1 else 0]  # [Hkv, C]
-        k = k.gather(-1, chosen[:, None].expand(-1, k.shape[1], -1))
-    ids = layer.add_pages(row, count)
-    k, v = (x.unflatten(1, (count, layer.plan.page)).transpose(0, 1) for x in (k, v))
+    page = layer.plan.page
+    ids = layer.add_pages(row, k.shape[1] // page)
+    if layer.channels is None:
+        _seal_pages(cache, layer, ids, k, v)
+        return
+    chosen = layer.channels[row if len(layer.channels) > 1 else 0][:, None]  # [Hkv, 1, C]
+    step = max(1, GATHERED // page)
+    for first in range(0, len(ids), step):  # some pages at a time: what is gathered is a copy
+        some = slice(first * page, (first + step) * page)
+        k_some = k[:, some]
+        k_some = k_some.gather(-1, chosen.expand(-1, k_some.shape[1], -1))
+        _seal_pages(cache, layer, ids[first : first + step], k_some, v[:, some])
+
+
+def _seal_pages(cache: Cache, layer: LayerCache, ids: Tensor, k: Tensor, v: Tensor) -> None:
+    """Seal k, v [Hkv, pages * page, D] as pages `ids`, K in plane order."""
+    assert layer.layout is not None
+    assert layer.pool is not None
+    k, v = (x.unflatten(1, (len(ids), layer.plan.page)).transpose(0, 1) for x in (k, v))
     cache.backend.seal(layer.layout, k, v, layer.pool, ids)
 
 
@@ -185,6 +237,7 @@ def select_channels(layer: LayerCache, row: int, q: Tensor, k: Tensor) -> None:
     assert layer.layout is not None
     kv_heads, kept = k.shape[0], layer.layout.k_channels
     observed = q[:, -REQUEST_QUERIES:].float().square().unflatten(0, (kv_heads, -1)).mean((1, 2))
-    score = observed * k.float().square().mean(1)  # [Hkv, D]
+    energy = torch.linalg.vector_norm(k, dim=1, dtype=torch.float32).square() / k.shape[1]
+    score = observed * energy  # [Hkv, D]
     chosen = score.topk(kept, dim=-1).indices.sort(-1).values
     layer.choose(row, chosen)

@@ -13,6 +13,8 @@ from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Backend, Cached
 from kvcc.runtime.plan import LayerPlan, Plan
 
+ENTRY = torch.int64.itemsize  # bytes of a page id, and of a page's address
+
 
 @dataclass(frozen=True)
 class LayerMemory:
@@ -21,6 +23,11 @@ class LayerMemory:
     window: int
     pages: int  # allocated, whether or not a sealed page lies in them
     pages_used: int
+    tables: int = 0  # where pages lie, and which K channels each sequence chose for itself
+
+    @property
+    def nbytes(self) -> int:
+        return self.window + self.pages + self.tables
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,38 @@ class DecodeStep:
     lengths: Tensor  # [B] int32: tokens cached, the new one included
     sealed: Tensor  # [B] int32: of these, in pages while attending (or forgotten by a sliding window)
     full: list[int]  # sequences whose recent window overflows into a page after this token
+
+
+@dataclass(frozen=True)
+class KeptChannels:
+    """Which K channels pages store, the same for every sequence; made once for a model."""
+
+    channels: Tensor  # [1, Hkv, C] int64, in plane order
+    query_channels: Tensor  # [1, 1, Hq, C] int64: the same, per query head
+    pruned_mean: Tensor | None  # [Hq, Dk], 0 where a channel is stored
+
+
+def kept_channels(plan: Plan, tables: Mapping[str, Tensor]) -> list[KeptChannels | None]:
+    """By layer, from the artifact's tables; None where pages store all channels or sequences choose."""
+    return [
+        _kept(index, layer, layout, tables)
+        for index, (layer, layout) in enumerate(zip(plan.layers, plan.layouts()))
+    ]
+
+
+def _kept(
+    index: int, plan: LayerPlan, layout: PageLayout | None, tables: Mapping[str, Tensor]
+) -> KeptChannels | None:
+    if layout is None or plan.select != "static":
+        return None
+    group = plan.q_heads // plan.kv_heads
+    channels = tables[f"layers.{index}.k_channels"][None, :, : layout.k_channels]
+    mean = tables[f"layers.{index}.k_mean"] if plan.mean_correction else None
+    return KeptChannels(
+        channels,
+        channels.repeat_interleave(group, dim=1)[:, None],
+        None if mean is None else mean.repeat_interleave(group, dim=0),
+    )
 
 
 class LayerCache:
@@ -53,30 +92,69 @@ class LayerCache:
         self.channels: Tensor | None = None
         self.query_channels: Tensor | None = None
         self.pruned_mean: Tensor | None = None
+        if layout is not None and plan.select == "request":
+            self.channels = self.table.new_zeros(batch, plan.kv_heads, layout.k_channels)
+            self.query_channels = self.table.new_zeros(batch, 1, plan.q_heads, layout.k_channels)
 
-    def use(self, channels: Tensor, mean: Tensor | None) -> None:
-        """Store K channels `channels` ([1 or B, Hkv, C]); `mean` ([Hkv, Dk]) is 0 where a channel is stored."""
-        group = self.plan.q_heads // self.plan.kv_heads
-        self.channels = channels
-        self.query_channels = channels.repeat_interleave(group, dim=1)[:, None]
-        self.pruned_mean = None if mean is None else mean.repeat_interleave(group, dim=0)
+    def use(self, kept: KeptChannels) -> None:
+        """Store the same K channels of every sequence."""
+        self.channels, self.query_channels = kept.channels, kept.query_channels
+        self.pruned_mean = kept.pruned_mean
 
     def choose(self, row: int, channels: Tensor) -> None:
         """Store K channels `channels` ([Hkv, C]) of sequence `row`."""
-        if self.channels is None:
-            self.channels = channels.new_zeros(len(self.pages), *channels.shape)
+        assert self.channels is not None
+        assert self.query_channels is not None
         self.channels[row] = channels
-        self.use(self.channels, None)
+        self.query_channels[row, 0] = channels.repeat_interleave(
+            self.plan.q_heads // self.plan.kv_heads, dim=0
+        )
+
+    def lacks(self, pages: int, longest: int) -> int:
+        """Bytes to allocate for `pages` pages of all sequences, at most `longest` of one."""
+        assert self.pool is not None
+        batch, columns = self.table.shape
+        missing, wider = max(0, pages - self.pool.capacity), max(0, longest - columns)
+        return missing * (self.pool.page_bytes + ENTRY) + batch * wider * ENTRY
+
+    def reserve(self, pages: int, longest: int, exactly: bool) -> None:
+        """Allocate what `lacks` counts; unless `exactly`, a sixty-fourth more of what has to grow, so that it grows
+        rarely. Raises CapacityError when memory is short.
+        """
+        assert self.pool is not None
+        missing = pages - self.pool.capacity
+        if missing > 0:
+            self.pool.reserve(self.pool.spare + (missing if exactly else max(missing, self.pool.growth)))
+        columns = self.table.shape[1]
+        if longest > columns:
+            self.widen(longest if exactly else max(longest, columns + columns // 64))
+
+    def widen(self, columns: int) -> None:
+        """Room in the table for `columns` pages a sequence."""
+        batch, held = self.table.shape
+        if columns > held:
+            grown = self.table.new_zeros(batch, columns)
+            grown[:, :held] = self.table
+            self.table = grown
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """See `Cache.keep`."""
+        if self.pool is not None:
+            for row in set(range(len(self.pages))) - set(rows):
+                self.pool.give_back(self.pages[row])
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self.table.device)
+        self.pages = [self.pages[row] for row in rows]
+        self.table = self.table[index]
+        self.window_k, self.window_v = self.window_k[index], self.window_v[index]
+        if self.plan.select == "request" and self.channels is not None and self.query_channels is not None:
+            self.channels, self.query_channels = self.channels[index], self.query_channels[index]
 
     def add_pages(self, row: int, count: int) -> Tensor:
         """Take `count` new pages for sequence `row`: their ids, [count] int64."""
         assert self.pool is not None
         ids = self.pool.take(count)
         first, last = len(self.pages[row]), len(self.pages[row]) + count
-        if last > self.table.shape[1]:
-            grown = self.table.new_zeros(self.table.shape[0], max(last, 2 * self.table.shape[1]))
-            grown[:, : self.table.shape[1]] = self.table
-            self.table = grown
+        self.widen(last)
         new = torch.tensor(ids, dtype=torch.int64, device=self.table.device)
         self.table[row, first:last] = new
         self.pages[row].extend(ids)
@@ -96,11 +174,14 @@ class LayerCache:
         )
 
     def memory(self) -> LayerMemory:
-        """Bytes allocated now."""
-        window = self.window_k.nbytes + self.window_v.nbytes
+        """Bytes allocated now. Channels that all sequences share belong to the model, like its weights."""
+        window, tables = self.window_k.nbytes + self.window_v.nbytes, self.table.nbytes
+        if self.plan.select == "request" and self.channels is not None and self.query_channels is not None:
+            tables += self.channels.nbytes + self.query_channels.nbytes
         if self.pool is None:
-            return LayerMemory(window, 0, 0)
-        return LayerMemory(window, self.pool.nbytes, self.pool.used * self.pool.page_bytes)
+            return LayerMemory(window, 0, 0, tables)
+        used = self.pool.used * self.pool.page_bytes
+        return LayerMemory(window, self.pool.nbytes, used, tables + self.pool.addresses.nbytes)
 
 
 class Cache:
@@ -113,7 +194,7 @@ class Cache:
     def __init__(
         self,
         plan: Plan,
-        tables: Mapping[str, Tensor],
+        kept: Sequence[KeptChannels | None],  # by layer
         backend: Backend,
         batch: int,
         device: torch.device,
@@ -131,11 +212,9 @@ class Cache:
             LayerCache(layer, layout, batch, dtype, device)
             for layer, layout in zip(plan.layers, plan.layouts())
         ]
-        for index, layer_cache in enumerate(self.layers):
-            if layer_cache.layout is not None and layer_cache.plan.select == "static":
-                channels = tables[f"layers.{index}.k_channels"][None, :, : layer_cache.layout.k_channels]
-                mean = tables[f"layers.{index}.k_mean"] if layer_cache.plan.mean_correction else None
-                layer_cache.use(channels, mean)
+        for layer_cache, channels in zip(self.layers, kept, strict=True):
+            if channels is not None:
+                layer_cache.use(channels)
         self._decode_steps: dict[tuple[int, ...], DecodeStep] = {}
 
     @property
@@ -155,22 +234,21 @@ class Cache:
 
         Raises CapacityError, before anything is allocated, when they do not fit.
         """
-        pages = {
-            plan.policy: sum(plan.sealed(n) // plan.page for n in tokens)
-            for plan in {layer.plan.policy: layer.plan for layer in self.layers if layer.plan.page}.values()
-        }
+        plans = {layer.plan.policy: layer.plan for layer in self.layers if layer.pool is not None}
+        pages = {policy: [plan.sealed(n) // plan.page for n in tokens] for policy, plan in plans.items()}
+        wanted = {policy: (sum(each), max(each, default=0)) for policy, each in pages.items()}
         short = [
-            (layer.pool, missing)
+            (layer, more)
             for layer in self.layers
-            if layer.pool is not None and (missing := pages[layer.plan.policy] - layer.pool.capacity) > 0
+            if layer.pool is not None and (more := layer.lacks(*wanted[layer.plan.policy]))
         ]
         if not short:
             return
-        extra = sum(missing * pool.page_bytes for pool, missing in short)
-        _check_fits(extra, self.budget, f"{max(tokens)} tokens a sequence", self.nbytes)
-        for pool, missing in short:
-            room = missing if self.budget is not None else max(missing, pool.growth)
-            pool.reserve(pool.spare + room)
+        _check_fits(
+            sum(more for _, more in short), self.budget, f"{max(tokens)} tokens a sequence", self.nbytes
+        )
+        for layer, _ in short:
+            layer.reserve(*wanted[layer.plan.policy], exactly=self.budget is not None)
 
     def commit(self) -> None:
         """End the step: the announced tokens are cached."""
@@ -198,16 +276,8 @@ class Cache:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these sequences only, in this order; the others' pages become free."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.device)
         for layer in self.layers:
-            if layer.pool is not None:
-                for row in set(range(self.batch)) - set(rows):
-                    layer.pool.give_back(layer.pages[row])
-            layer.pages = [layer.pages[row] for row in rows]
-            layer.table = layer.table[index]
-            layer.window_k, layer.window_v = layer.window_k[index], layer.window_v[index]
-            if layer.plan.select == "request" and layer.channels is not None:
-                layer.use(layer.channels[index], None)
+            layer.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]
 
     def memory(self) -> list[LayerMemory]:
@@ -217,7 +287,7 @@ class Cache:
     @property
     def nbytes(self) -> int:
         """Allocated bytes, all layers and segments."""
-        return sum(m.window + m.pages for m in self.memory())
+        return sum(m.nbytes for m in self.memory())
 
 
 def _check_fits(extra: int, budget: int | None, what: str, held: int = 0) -> None:

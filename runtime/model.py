@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 
 from kvcc.errors import CapacityError, DataError
 from kvcc.kernels.protocol import Backend
-from kvcc.runtime.cache import Cache
+from kvcc.runtime.cache import Cache, KeptChannels, kept_channels
 from kvcc.runtime.captured import CapturedStep, NotCapturable, capture
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.plan import Plan
@@ -42,7 +43,12 @@ class CompiledModel:
 
     def new_cache(self, batch: int = 1, budget: int | None = None) -> Cache:
         """An empty cache for `batch` sequences, of at most `budget` bytes when given."""
-        return Cache(self.plan, self.tables, self.backend, batch, self.device, budget)
+        return Cache(self.plan, self.kept_channels, self.backend, batch, self.device, budget)
+
+    @cached_property
+    def kept_channels(self) -> list[KeptChannels | None]:
+        """What pages store of K, by layer; all caches share it."""
+        return kept_channels(self.plan, self.tables)
 
     def generate(self, prompts: Sequence["Prompt"], **options: Any) -> "list[Generation]":
         """One Generation a prompt; options as in `kvcc.runtime.generation.generate`."""

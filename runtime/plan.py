@@ -11,6 +11,10 @@ from kvcc.runtime.identity import DType
 
 __all__ = ["HeadPlan", "LayerPlan", "Plan", "Plane", "Side", "parse_plan"]
 
+PAGE_ENTRIES = (
+    2 * torch.int64.itemsize
+)  # bytes that find a page: its id in a sequence's table, and its address
+
 
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -142,12 +146,16 @@ class Plan(_Data):
         return layout.nbytes / layout.tokens if layout else 0.0
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes allocated for one sequence of `tokens` tokens, windows and sinks included."""
+        """Bytes allocated for one sequence of `tokens` tokens: windows, sinks, pages and where they lie, channels
+        that the sequence chose for itself.
+        """
         total = 0
         for plan, layout in zip(self.layers, self.layouts()):
             total += plan.slots * plan.exact_elements * self._itemsize
             if layout is not None:
-                total += plan.sealed(tokens) // plan.page * layout.nbytes
+                total += plan.sealed(tokens) // plan.page * (layout.nbytes + PAGE_ENTRIES)
+                if plan.select == "request":
+                    total += (plan.kv_heads + plan.q_heads) * layout.k_channels * torch.int64.itemsize
         return total
 
     def uncompressed_bytes(self, tokens: int, itemsize: int = 2) -> int:

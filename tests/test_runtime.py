@@ -98,7 +98,7 @@ def test_allocated_bytes_are_the_plan_s(name: str, length: int) -> None:
     if length:
         model.forward(tokens(length, length), cache)
     assert cache.nbytes == 2 * model.plan.cache_bytes(length)
-    assert sum(m.window + m.pages for m in cache.memory()) == cache.nbytes
+    assert sum(m.window + m.pages + m.tables for m in cache.memory()) == cache.nbytes
 
 
 def test_pruned_pages_are_narrow() -> None:
