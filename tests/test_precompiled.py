@@ -156,6 +156,9 @@ def test_metadata_of_binaries_are_those_of_compiled_kernels(original: Path) -> N
         for one, other in zip(fresh, taken, strict=True):
             mine, its = (dict(kernel.metadata._asdict()) for kernel in (one, other))
             assert mine.pop("hash") != its.pop("hash")
+            # Triton's cache is shared by environments and keeps the path of the one that filled it.
+            for metadata in (mine, its):
+                metadata["extern_libs"] = [(name, Path(path).name) for name, path in metadata["extern_libs"]]
             assert mine == its
 
 
