@@ -62,7 +62,7 @@ def layer_shape(
     dtype = DTYPES[half]
     layout = storage_layout(storage, head_size, torch.bfloat16 if half == "bf16" else torch.float16)
     return LayerShape(
-        layout, 2 * GROUP, 2, head_size, head_size, dtype,
+        layout, 2 * GROUP, 2, head_size, head_size, dtype, dtype,
         gathered=layout.k_channels < head_size, biased=biased, capped=capped,
     )  # fmt: skip
 

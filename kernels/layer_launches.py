@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from kvcc.kernels import triton
 from kvcc.kernels.layout import PageLayout
@@ -24,7 +23,8 @@ class LayerShape:
     kv_heads: int
     k_dim: int
     v_dim: int
-    dtype: torch.dtype  # of queries, window, and what is sealed
+    dtype: torch.dtype  # of queries
+    exact: torch.dtype  # of the exact window, and of what is sealed of it
     gathered: bool = False  # pages store some K channels, or in another order: q is gathered for them
     biased: bool = False
     capped: bool = False
@@ -35,8 +35,11 @@ def layer_launches(shape: LayerShape, queries: int = 1) -> list[triton.Launch]:
 
     The tensors in it are tiny and on the CPU; constants, dtypes and alignment are those of the real ones.
     """
-    q = _zeros(shape, queries, shape.q_heads, shape.k_dim)
-    window_k, window_v = (_zeros(shape, shape.kv_heads, SLOTS, dim) for dim in (shape.k_dim, shape.v_dim))
+    q = torch.zeros(BATCH, queries, shape.q_heads, shape.k_dim, dtype=shape.dtype)
+    window_k, window_v = (
+        torch.zeros(BATCH, shape.kv_heads, SLOTS, dim, dtype=shape.exact)
+        for dim in (shape.k_dim, shape.v_dim)
+    )
     lengths = torch.zeros(BATCH, dtype=torch.int32)
     pool = PagePool(shape.layout.nbytes, _CPU) if shape.layout else None
     table = torch.zeros(BATCH, 1 if shape.layout else 0, dtype=torch.int64)
@@ -44,18 +47,14 @@ def layer_launches(shape: LayerShape, queries: int = 1) -> list[triton.Launch]:
     q_pages, k_channels = q, shape.k_dim
     if shape.layout is not None and shape.gathered:
         k_channels = shape.layout.k_channels
-        q_pages = _zeros(shape, queries, shape.q_heads, k_channels)
+        q_pages = torch.zeros(BATCH, queries, shape.q_heads, k_channels, dtype=shape.dtype)
     bias = torch.zeros(BATCH, queries, shape.q_heads) if shape.biased else None
     with triton.recorded() as launches:
         triton.attend(cached, q, q_pages, 1.0, 1.0 if shape.capped else 0.0, bias)
         if shape.layout is not None and pool is not None:
             k, v = (
-                _zeros(shape, shape.kv_heads, shape.layout.tokens, channels)
+                torch.zeros(BATCH, shape.kv_heads, shape.layout.tokens, channels, dtype=shape.exact)
                 for channels in (k_channels, shape.v_dim)
             )
             triton.seal(shape.layout, k, v, pool, table[:, 0])
     return launches
-
-
-def _zeros(shape: LayerShape, *sizes: int) -> Tensor:
-    return torch.zeros(BATCH, *sizes, dtype=shape.dtype)

@@ -102,7 +102,7 @@ def filled_cache(
         return noise[key][:, row : row + tokens]
 
     for index, layer in enumerate(cache.layers):
-        plan, dtype = layer.plan, layer.window_k.dtype
+        plan, dtype = layer.plan, getattr(torch, model.plan.dtype)
         for row in range(batch):
             q = random(plan.q_heads, plan.k_dim, row, dtype)
             k = random(plan.kv_heads, plan.k_dim, row, dtype)
@@ -382,7 +382,7 @@ def _largest_batch(model: CompiledModel, context: int, budget: int) -> LargestBa
 def _attend_call(model: CompiledModel, cache: Cache, index: int) -> Callable[[], object]:
     """The backend's call for one layer and random queries, all its arguments made."""
     layer, batch = cache.layers[index], cache.batch
-    plan, dtype = layer.plan, layer.window_k.dtype
+    plan, dtype = layer.plan, getattr(torch, model.plan.dtype)
     (node,) = (
         n for n in model.graph.graph.nodes if n.target is cached_attention and n.kwargs["layer"] == index
     )

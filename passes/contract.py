@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,6 +23,9 @@ class Windows(BaseModel):
     sinks: int = Field(16, ge=0, description="first tokens of a sequence, exact")
     recent: int = Field(64, ge=0, description="last tokens, exact")
     page: int = Field(64, ge=8, multiple_of=8, description="tokens sealed together")
+    dtype: Literal["model", "half"] = Field(
+        "model", description="type of exact tokens; half: 16 bits where the model has 32"
+    )
 
 
 @dataclass(frozen=True)
@@ -116,8 +119,10 @@ def exact_plan(graph: Graph, windows: Windows) -> Plan:
             k=Side((Plane(bits, spec.k_dim),), "tokens", windows.page),
             v=Side((Plane(bits, spec.v_dim),), "channels", spec.v_dim),
         )
-        layers.append(LayerPlan(**shape, **windows.model_dump(), heads=(head,) * spec.kv_heads))
-    return Plan(dtype=graph.model.dtype, layers=tuple(layers))
+        tokens = windows.model_dump(exclude={"dtype"})
+        layers.append(LayerPlan(**shape, **tokens, heads=(head,) * spec.kv_heads))
+    narrower = windows.dtype == "half" and graph.model.dtype == "float32"
+    return Plan(dtype=graph.model.dtype, window_dtype="float16" if narrower else None, layers=tuple(layers))
 
 
 def start(graph: Graph, profile: Profile | None, windows: Windows) -> Compilation:

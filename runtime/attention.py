@@ -47,8 +47,8 @@ def _decode(
     """One new token for every sequence: write it to its window slot, attend once, seal a page that came full."""
     layer = cache.layers[index]
     step = cache.decode_step(layer.plan)
-    layer.window_k[step.rows, :, step.slots] = k.transpose(0, 1)
-    layer.window_v[step.rows, :, step.slots] = v.transpose(0, 1)
+    layer.window_k[step.rows, :, step.slots] = k.transpose(0, 1).to(layer.window_k.dtype)
+    layer.window_v[step.rows, :, step.slots] = v.transpose(0, 1).to(layer.window_v.dtype)
     view = layer.view(slice(None), step.lengths, step.sealed)
     queries = q.transpose(0, 1)[:, None]  # [B, 1, Hq, D]
     q_pages, bias = _page_queries(layer, slice(None), queries, scale)

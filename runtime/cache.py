@@ -207,9 +207,8 @@ class Cache:
         self.lengths = [0] * batch
         self.counts: list[int] = []
         _check_fits(batch * plan.cache_bytes(0), budget, f"an empty cache of batch {batch}")
-        dtype = getattr(torch, plan.dtype)
         self.layers = [
-            LayerCache(layer, layout, batch, dtype, device)
+            LayerCache(layer, layout, batch, plan.exact, device)
             for layer, layout in zip(plan.layers, plan.layouts())
         ]
         for layer_cache, channels in zip(self.layers, kept, strict=True):

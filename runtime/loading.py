@@ -40,7 +40,7 @@ def load(
     artifact = read_artifact(Path(path), verify=verify, device=target)
     kernels = kernel_backend(backend, target)
     for index, layout in enumerate(artifact.plan.layouts()):
-        reason = layout and kernels.supports(layout, getattr(torch, artifact.plan.dtype), target)
+        reason = layout and kernels.supports(layout, artifact.plan.exact, target)
         if reason:
             raise KernelUnavailable(f"layer {index}: {kernels.name} kernels cannot run this plan: {reason}")
     use_precompiled(artifact, kernels, target, allowed=precompiled)

@@ -111,11 +111,18 @@ class LayerPlan(_Data):
 
 
 class Plan(_Data):
-    """Per-layer plans of a whole model, whose exact segments have type `dtype`."""
+    """Per-layer plans of a whole model of type `dtype`, whose exact segments have it, too, or are `window_dtype`."""
 
     version: Literal[1] = 1
     dtype: DType
+    window_dtype: DType | None = None
     layers: tuple[LayerPlan, ...]
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The type of exact segments."""
+        exact: torch.dtype = getattr(torch, self.window_dtype or self.dtype)
+        return exact
 
     @property
     def half(self) -> torch.dtype:
@@ -151,7 +158,7 @@ class Plan(_Data):
         """
         total = 0
         for plan, layout in zip(self.layers, self.layouts()):
-            total += plan.slots * plan.exact_elements * self._itemsize
+            total += plan.slots * plan.exact_elements * self.exact.itemsize
             if layout is not None:
                 total += plan.sealed(tokens) // plan.page * (layout.nbytes + PAGE_ENTRIES)
                 if plan.select == "request":
@@ -190,11 +197,6 @@ class Plan(_Data):
             else:
                 low = middle + 1
         return low * step
-
-    @property
-    def _itemsize(self) -> int:
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return itemsize
 
 
 def parse_plan(data: Any) -> Plan:

@@ -36,6 +36,7 @@ def layer_shapes(plan: Plan, graph: Program) -> "list[LayerShape]":
             layer.k_dim,
             layer.v_dim,
             getattr(torch, plan.dtype),
+            plan.exact,
             gathered=layer.select != "all",
             biased=layer.mean_correction,
             capped=calls[index] > 0,

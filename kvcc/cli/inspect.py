@@ -102,8 +102,7 @@ def _backends(plan: Any) -> dict[str, str | None]:
             device = torch.device("cuda" if name == "triton" else "cpu")
             kernels = backend(name, device)
             layouts = [layout for layout in plan.layouts() if layout is not None]
-            dtype = getattr(torch, plan.dtype)
-            reasons[name] = next((r for x in layouts if (r := kernels.supports(x, dtype, device))), None)
+            reasons[name] = next((r for x in layouts if (r := kernels.supports(x, plan.exact, device))), None)
     return reasons
 
 
