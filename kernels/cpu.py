@@ -20,7 +20,7 @@ ELEMENT = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # the C file'
 
 
 class _Layout(ctypes.Structure):
-    _fields_ = [(f, c_int64) for f in ("sections", "index", "tokens", "half")]
+    _fields_ = [(f, c_int64) for f in ("sections", "index", "token_scales", "tokens", "half")]
 
 
 class _Array(ctypes.Structure):
@@ -59,13 +59,14 @@ class _Described:
     """A PageLayout as the C code reads it; the tensors own what `record` points at."""
 
     record: _Layout
-    sections: Tensor  # [sections, 8] int64
+    sections: Tensor  # [sections, 9] int64
     index: Tensor  # [2 Hkv + 1] int64: head h's K sections begin at 2h, its V sections at 2h + 1
+    token_scales: Tensor  # [2 Hkv] int64: of head h's K at 2h, of its V at 2h + 1; -1 for none
     max_section: int  # codes
     max_metadata: int  # scales
 
 
-NO_PAGES = _Layout(0, 0, 0, 0)
+NO_PAGES = _Layout(0, 0, 0, 0, 0)
 
 
 def available() -> str | None:
@@ -157,13 +158,30 @@ def _describe(layout: PageLayout) -> _Described:
         for sections in (k, v):
             rows.extend(_section_row(section) for section in sections)
             index.append(len(rows))
-    sections_, index_ = torch.tensor(rows, dtype=torch.int64).reshape(-1, 8), torch.tensor(index)
+    sections_, index_ = torch.tensor(rows, dtype=torch.int64).reshape(-1, 9), torch.tensor(index)
+    scales = [
+        -1 if at is None else at
+        for pair in zip(layout.k_token_scales, layout.v_token_scales, strict=True)
+        for at in pair
+    ]
+    scales_ = torch.tensor(scales, dtype=torch.int64)
     codes = [layout.tokens * row[1] for row in rows]
-    metadata = [layout.tokens * row[1] // row[4] for row in rows if row[0] < 16]
-    record = _Layout(sections_.data_ptr(), index_.data_ptr(), layout.tokens, ELEMENT[layout.half])
-    return _Described(record, sections_, index_, max(codes, default=0), max(metadata, default=0))
+    metadata = [layout.tokens * row[1] // row[4] for row in rows if row[0] < 16 and row[4]]
+    pointers = (x.data_ptr() for x in (sections_, index_, scales_))
+    record = _Layout(*pointers, layout.tokens, ELEMENT[layout.half])
+    return _Described(record, sections_, index_, scales_, max(codes, default=0), max(metadata, default=0))
 
 
 def _section_row(s: Section) -> list[int]:
     by_token = int(s.groups == "channels")
-    return [s.bits, s.channels, s.first_channel, by_token, s.group_size, s.codes, s.scales, s.zeros]
+    return [
+        s.bits,
+        s.channels,
+        s.first_channel,
+        by_token,
+        s.group_size,
+        s.codes,
+        s.scales,
+        s.zeros,
+        int(s.unit),
+    ]

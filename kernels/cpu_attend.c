@@ -13,12 +13,13 @@
 enum { TILE_ROWS = 48, FUSED_ROWS = 4, WINDOW_CHUNK = 64, MIN_PAGES = 4 };
 
 typedef struct {
-    i64 bits, channels, first, by_token, group, codes, scales, zeros;
+    i64 bits, channels, first, by_token, group, codes, scales, zeros, unit;
 } Section;
 
 typedef struct {
     const Section *sections; /* of head h, side s (0: K, 1: V): index[2h + s] up to index[2h + s + 1] */
     const i64 *index;
+    const i64 *token_scales; /* of head h, side s: where a page has them, at 2h + s; -1: nowhere */
     i64 tokens; /* of a page; 0: no pages */
     i64 half;   /* element type of 16-bit planes */
 } Layout;
@@ -232,8 +233,10 @@ static const char *unpack(int bits, i64 length, i64 runs, const char *src, char 
         unpack_width(4, length, runs, from, to);
     else if (bits == 3)
         unpack_width(3, length, runs, from, to);
-    else
+    else if (bits == 2)
         unpack_width(2, length, runs, from, to);
+    else
+        unpack_width(1, length, runs, from, to);
     return scratch;
 }
 
@@ -395,6 +398,30 @@ static void nn_strips(const Section *s, const char *page, i64 rows, const float 
     }
 }
 
+/* What code 0 of unit steps stands for. */
+static float unit_zero(const Section *s) { return 0.5f - (float)(1 << (s->bits - 1)); }
+
+/* nn over a section of unit steps: codes take a as it is, and what code 0 stands for is the same everywhere. */
+static void nn_unit(const Section *s, const char *page, Scratch *t, i64 rows, const float *a, i64 a_row, i64 runs,
+                    i64 length, float *out, i64 out_row) {
+    for (i64 r = 0; r < rows; r++) {
+        float total = 0, *to = out + r * out_row;
+        for (i64 run = 0; run < runs; run++) total += a[r * a_row + run];
+        total *= unit_zero(s);
+        i64 x = 0;
+        for (; x + VL <= length; x += VL) store(to + x, load(to + x) + total);
+        for (; x < length; x++) to[x] += total;
+    }
+    if (s->bits == 2 && length / 4 % VL == 0) {
+        Section whole = *s;
+        whole.group = length;
+        nn_strips(&whole, page, rows, a, a_row, runs, length, out, out_row);
+        return;
+    }
+    const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
+    nn(U8, rows, a, a_row, 1, codes, length, runs, length, out, out_row);
+}
+
 /* nn over a quantised section without dequantising it: a [rows <= 4][runs], groups of a multiple of VL along length */
 static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, const float *a, i64 a_row, i64 runs,
                       i64 length, float *out, i64 out_row) {
@@ -425,6 +452,14 @@ static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, 
 }
 
 static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs, i64 length) {
+    if (s->unit) {
+        const char *steps = unpack(s->bits, length, runs, page + s->codes, t->codes);
+        float zero = unit_zero(s);
+        i64 x = 0, end = runs * length;
+        for (; x + VL <= end; x += VL) store(t->wide + x, vector_at(U8, steps, x) + zero);
+        for (; x < end; x++) t->wide[x] = scalar_at(U8, steps, x) + zero;
+        return;
+    }
     i64 ng = length / s->group, group = s->group;
     to_floats(page + s->scales, runs * ng, t->scales);
     to_floats(page + s->zeros, runs * ng, t->zeros);
@@ -437,6 +472,27 @@ static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs,
     }
 }
 
+/* 2^((code - 3) / 3) */
+static const float scale_of_code[16] = {0.5f, 0.62996052f, 0.79370053f, 1.0f, 1.25992105f, 1.58740105f, 2.0f,
+    2.51984210f, 3.17480210f, 4.0f, 5.03968420f, 6.34960421f, 8.0f, 10.0793684f, 12.6992084f, 16.0f};
+
+/* Token i's scale, of a packed run of 4-bit codes. */
+INLINE float token_scale(const char *codes, i64 tokens, i64 i) {
+    uint8_t byte = (uint8_t)codes[i % (tokens / 2)];
+    return scale_of_code[i < tokens / 2 ? byte & 15 : byte >> 4];
+}
+
+/* Logits, or weights, [rows][ld] times the scale that each token of a page has for this side, where it has one. */
+static void times_token_scales(const Layout *layout, i64 head, int side, const char *page, i64 rows, float *x, i64 ld) {
+    i64 at = layout->token_scales[2 * head + side];
+    if (at < 0) return;
+    for (i64 i = 0; i < layout->tokens; i += VL) { /* pages have a multiple of 8 tokens; x has room for whole vectors */
+        vf scale;
+        for (i64 l = 0; l < VL; l++) scale[l] = i + l < layout->tokens ? token_scale(page + at, layout->tokens, i + l) : 0;
+        for (i64 r = 0; r < rows; r++) store(x + r * ld + i, load(x + r * ld + i) * scale);
+    }
+}
+
 /* K (side 0): out[r][token] += q . k over the section's channels. V (side 1): out[r][channel] += sum of p * v. */
 static void section_product(const Layout *layout, int side, const Section *s, const char *page, Scratch *t, i64 rows,
                             const float *a, i64 a_row, float *out, i64 out_row) {
@@ -446,6 +502,10 @@ static void section_product(const Layout *layout, int side, const Section *s, co
         a += s->first;
     else
         out += s->first;
+    if (s->unit && runs_summed && rows <= FUSED_ROWS) {
+        nn_unit(s, page, t, rows, a, a_row, runs, length, out, out_row);
+        return;
+    }
     if (s->bits < 16 && runs_summed && rows <= FUSED_ROWS && s->group % VL == 0) {
         nn_folded(s, page, t, rows, a, a_row, runs, length, out, out_row);
         return;
@@ -552,14 +612,17 @@ static void attend_page(const Attend *c, const Unit *u, Scratch *t, const char *
     memset(t->logits, 0, sizeof(float) * u->rows * ld);
     for (int side = 0; side < 2; side++) {
         const Section *first = sections + index[side], *last = sections + index[side + 1];
-        if (first == last) continue;
         for (const Section *s = first; s < last; s++) {
             if (side == 0)
                 section_product(&c->layout, 0, s, page, t, u->rows, t->q_pages, c->k_channels, t->logits, ld);
             else
                 section_product(&c->layout, 1, s, page, t, u->rows, t->logits, ld, t->out, c->dv);
         }
-        if (side == 0) online_softmax(c, u, t, c->layout.tokens, ld, 1);
+        if (side == 0) {
+            times_token_scales(&c->layout, u->head, 0, page, u->rows, t->logits, ld);
+            online_softmax(c, u, t, c->layout.tokens, ld, 1);
+            times_token_scales(&c->layout, u->head, 1, page, u->rows, t->logits, ld);
+        }
     }
 }
 
@@ -598,9 +661,11 @@ static void head_record(const Layout *layout, i64 head, i64 *first, i64 *bytes) 
     i64 last = 0;
     *first = s->codes;
     for (; s < end; s++) {
-        i64 codes = layout->tokens * s->channels, meta = s->bits < 16 ? 2 * codes / s->group : 0;
-        last = s->bits < 16 ? s->zeros + meta : s->codes + codes * s->bits / 8;
+        i64 codes = layout->tokens * s->channels, grouped = s->bits < 16 && !s->unit;
+        last = grouped ? s->zeros + 2 * codes / s->group : s->codes + codes * s->bits / 8;
     }
+    for (int side = 0; side < 2; side++)
+        last = MAX(last, layout->token_scales[2 * head + side] + layout->tokens);
     *bytes = last - *first;
 }
 
@@ -790,6 +855,14 @@ static void quantise_group(const float *x, i64 n, int levels, half *scale, half 
     }
 }
 
+static void quantise_unit(const float *x, i64 n, int bits, uint8_t *codes) {
+    float half_range = (float)(1 << (bits - 1)), most = 2 * half_range - 1;
+    for (i64 i = 0; i < n; i++) {
+        float code = floorf(x[i]) + half_range;
+        codes[i] = (uint8_t)(int32_t)(code < 0.0f ? 0.0f : code > most ? most : code);
+    }
+}
+
 static void seal_raw(int type, const float *x, i64 n, char *to) {
     for (i64 i = 0; i < n; i++) {
         if (type == F32) {
@@ -818,7 +891,8 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
         return;
     }
     half *scales = (half *)(page + s->scales), *zeros = (half *)(page + s->zeros);
-    for (i64 i = 0; i < runs * ng; i++)
+    if (s->unit) quantise_unit(x, runs * length, (int)s->bits, codes);
+    for (i64 i = 0; i < runs * ng && !s->unit; i++)
         quantise_group(x + i * s->group, s->group, (1 << s->bits) - 1, scales + i, zeros + i, codes + i * s->group);
     for (i64 run = 0; run < runs; run++) {
         uint8_t *to = (uint8_t *)page + s->codes + run * (length * s->bits / 8);
@@ -829,11 +903,66 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
             pack_run(3, length, from, to);
         else if (s->bits == 4)
             pack_run(4, length, from, to);
+        else if (s->bits == 1)
+            pack_run(1, length, from, to);
         else
             memcpy(to, from, length);
     }
+    if (s->unit) return;
     zero_tail(page, s->scales + 2 * runs * ng);
     zero_tail(page, s->zeros + 2 * runs * ng);
+}
+
+/* Squared distances of x[0 … n-1] over each candidate scale from the middles of unit steps, times the scale squared. */
+static void add_errors(const float *x, i64 n, float half_range, float errors[16]) {
+    for (int code = 0; code < 16; code++) {
+        float inverse = 1.0f / scale_of_code[code], scale = scale_of_code[code];
+        vf total = {0};
+        float rest = 0;
+        i64 i = 0;
+        for (; i + VL <= n; i += VL) {
+            vf steps = load(x + i) * inverse;
+            vf inside = vmax(vmin(steps, broadcast(half_range - 0.5f)), broadcast(-half_range));
+            vf off = floorv(inside) + 0.5f - steps;
+            total += off * off;
+        }
+        for (; i < n; i++) {
+            float steps = x[i] * inverse, low = floorf(steps);
+            float off = (low < -half_range ? -half_range : low > half_range - 1 ? half_range - 1 : low) + 0.5f - steps;
+            rest += off * off;
+        }
+        errors[code] += (sum(total) + rest) * scale * scale;
+    }
+}
+
+/* Choose and store the scales of a head's tokens, for one side of a page; see kernels/token_scales.py. */
+static void seal_token_scales(const Seal *c, int side, i64 n, i64 h, float *x, float *scales) {
+    const Layout *layout = &c->layout;
+    const Array *from = side ? &c->v : &c->k;
+    i64 tokens = layout->tokens, first = layout->index[2 * h + side], last = layout->index[2 * h + side + 1];
+    char *page = (char *)c->addresses[n];
+    uint8_t *to = (uint8_t *)page + layout->token_scales[2 * h + side];
+    memset(to, 0, tokens / 2);
+    zero_tail(page, layout->token_scales[2 * h + side] + tokens / 2);
+    for (i64 t = 0; t < tokens; t++) {
+        float errors[16] = {0};
+        const char *row = element(from, n, h, t);
+        for (i64 j = first; j < last; j++) {
+            const Section *s = layout->sections + j;
+            for (i64 d = 0; d < s->channels; d++) x[d] = element_at(from->type, row, (s->first + d) * from->stride[3]);
+            add_errors(x, s->channels, (float)(1 << (s->bits - 1)), errors);
+        }
+        int best = first < last ? 0 : 3;
+        for (int code = 1; code < 16 && first < last; code++)
+            if (errors[code] < errors[best]) best = code;
+        scales[t] = scale_of_code[best];
+        to[t % (tokens / 2)] |= (uint8_t)(t < tokens / 2 ? best : best << 4);
+    }
+}
+
+static void over_scales(const Section *s, i64 tokens, const float *scales, float *x) {
+    for (i64 t = 0; t < tokens; t++)
+        for (i64 d = 0; d < s->channels; d++) x[s->by_token ? t * s->channels + d : d * tokens + t] /= scales[t];
 }
 
 /* Returns 0, or 1 when memory is short. */
@@ -846,7 +975,8 @@ int kvcc_seal(const Seal *c) {
     {
         float *x = malloc(sizeof(float) * MAX(c->max_section, 1));
         uint8_t *codes = malloc(MAX(c->max_section, 1));
-        if (!x || !codes) {
+        float *tokens_scales = malloc(sizeof(float) * MAX(c->layout.tokens, 1));
+        if (!x || !codes || !tokens_scales) {
 #ifdef _OPENMP
 #pragma omp atomic write
 #endif
@@ -856,19 +986,26 @@ int kvcc_seal(const Seal *c) {
 #pragma omp for schedule(static)
 #endif
         for (i64 i = 0; i < count; i++) {
-            if (!x || !codes) continue;
+            if (!x || !codes || !tokens_scales) continue;
             i64 n = i / c->kv_heads, h = i % c->kv_heads;
             for (int side = 0; side < 2; side++) {
                 const Array *from = side ? &c->v : &c->k;
+                const float *scales = NULL;
+                if (c->layout.token_scales[2 * h + side] >= 0) {
+                    seal_token_scales(c, side, n, h, x, tokens_scales);
+                    scales = tokens_scales;
+                }
                 for (i64 j = c->layout.index[2 * h + side]; j < c->layout.index[2 * h + side + 1]; j++) {
                     const Section *s = c->layout.sections + j;
                     gather(from->type, s, c->layout.tokens, element(from, n, h, 0), from->stride[2], from->stride[3], x);
+                    if (scales) over_scales(s, c->layout.tokens, scales, x);
                     seal_section(&c->layout, s, x, codes, (char *)c->addresses[n]);
                 }
             }
         }
         free(x);
         free(codes);
+        free(tokens_scales);
     }
     return failed;
 }

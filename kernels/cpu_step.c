@@ -8,7 +8,7 @@
 typedef struct Attend Attend;
 int kvcc_attend(const Attend *c);
 
-enum { LINEAR, RMS_NORM, LAYER_NORM, ROTATE, GATE, ADD, MULTIPLY, STORE, GATHER, ATTEND, SINK }; /* kernels/step.py */
+enum { LINEAR, RMS_NORM, LAYER_NORM, ROTATE, GATE, ADD, MULTIPLY, STORE, GATHER, PROJECT, ATTEND, SINK }; /* kernels/step.py */
 enum { SILU, GELU_TANH, GELU, RELU };
 enum { SMALL = 1 << 14 }; /* elements below which one thread is faster */
 
@@ -184,6 +184,35 @@ static void gather_row(const Record *c, i64 row) {
     }
 }
 
+/* Queries in the basis of pages. in: q, basis [KV heads][dim][cols], mean [KV heads][dim] or null; out and scratch as in
+ * gather_row; stride 0-1 of q, 2: query heads of a KV head, 3: heads, 4: dim. */
+static void project_row(const Record *c, i64 row) {
+    i64 heads = c->stride[3], dim = c->stride[4], cols = c->cols;
+    for (i64 h = 0; h < heads; h++) {
+        const float *q = FLOATS(c->in[0]) + row * c->stride[0] + h * c->stride[1];
+        i64 kv = h / c->stride[2];
+        const float *basis = FLOATS(c->in[1]) + kv * dim * cols;
+        float *out = (float *)c->out + (row * heads + h) * cols;
+        i64 i = 0;
+        for (; i + 4 * VL <= cols; i += 4 * VL) {
+            vf acc[4] = {{0}, {0}, {0}, {0}};
+            for (i64 d = 0; d < dim; d++)
+                for (int j = 0; j < 4; j++) acc[j] += q[d] * load(basis + d * cols + i + j * VL);
+            for (int j = 0; j < 4; j++) store(out + i + j * VL, acc[j]);
+        }
+        for (; i < cols; i++) {
+            float total = 0;
+            for (i64 d = 0; d < dim; d++) total += q[d] * basis[d * cols + i];
+            out[i] = total;
+        }
+        if (!c->in[2]) continue;
+        const float *mean = FLOATS(c->in[2]) + kv * dim;
+        float total = 0;
+        for (i64 d = 0; d < dim; d++) total += q[d] * mean[d];
+        ((float *)c->scratch)[row * heads + h] = c->number * total;
+    }
+}
+
 /* A sink's logit takes its share of the softmax and gives nothing. in: lse [rows][heads], logits [heads];
  * out [rows][heads][cols]; stride 0: heads. */
 static void sink_row(const Record *c, i64 row) {
@@ -207,6 +236,7 @@ static void row_of(const Record *c, i64 row) {
     case MULTIPLY: binary(c, row); break;
     case STORE: store_row(c, row); break;
     case GATHER: gather_row(c, row); break;
+    case PROJECT: project_row(c, row); break;
     default: sink_row(c, row);
     }
 }

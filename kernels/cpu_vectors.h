@@ -109,6 +109,13 @@ INLINE vf vmax(vf a, vf b) {
 
 INLINE vf vmin(vf a, vf b) { return -vmax(-a, -b); }
 
+/* For |x| below 2^31. */
+INLINE vf floorv(vf x) {
+    vf whole = __builtin_convertvector(__builtin_convertvector(x, vi), vf);
+    vi above = whole > x; /* all ones, which is -1 */
+    return whole + __builtin_convertvector(above, vf);
+}
+
 INLINE float sum(vf x) {
 #if VL == 8 && defined(__AVX2__)
     __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));

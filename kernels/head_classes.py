@@ -21,6 +21,7 @@ class PlaneSpec(NamedTuple):
     codes: int
     scales: int
     zeros: int
+    unit: int  # 1: steps of 1, without scales and zeros
 
 
 @dataclass(frozen=True)
@@ -30,17 +31,22 @@ class HeadClass:
     heads: tuple[tuple[int, int], ...]
     k: tuple[PlaneSpec, ...]
     v: tuple[PlaneSpec, ...]
+    k_scales: int  # where token scales lie in the record; -1: nowhere
+    v_scales: int
 
 
 @lru_cache(maxsize=256)
 def head_classes(layout: PageLayout) -> tuple[HeadClass, ...]:
     """The classes of a layout, each head in exactly one. A uniform layout has a single class."""
-    members: dict[tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...]], list[tuple[int, int]]] = {}
+    Stored = tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...], int, int]
+    members: dict[Stored, list[tuple[int, int]]] = {}
     for head, (k, v) in enumerate(zip(layout.k, layout.v, strict=True)):
         base = min((section.codes for section in k + v), default=0)
-        planes = (_planes(k, base), _planes(v, base))
-        members.setdefault(planes, []).append((head, base))
-    return tuple(HeadClass(tuple(heads), k, v) for (k, v), heads in members.items())
+        places = (layout.k_token_scales[head], layout.v_token_scales[head])
+        k_scales, v_scales = (-1 if place is None else place - base for place in places)
+        stored = (_planes(k, base), _planes(v, base), k_scales, v_scales)
+        members.setdefault(stored, []).append((head, base))
+    return tuple(HeadClass(tuple(heads), *stored) for stored, heads in members.items())
 
 
 def _planes(sections: tuple[Section, ...], base: int) -> tuple[PlaneSpec, ...]:
@@ -53,8 +59,9 @@ def _planes(sections: tuple[Section, ...], base: int) -> tuple[PlaneSpec, ...]:
             by_tokens=int(s.groups == "tokens"),
             group_size=s.group_size,
             codes=s.codes - base,
-            scales=0 if s.raw else s.scales - base,
-            zeros=0 if s.raw else s.zeros - base,
+            scales=0 if s.raw or s.unit else s.scales - base,
+            zeros=0 if s.raw or s.unit else s.zeros - base,
+            unit=int(s.unit),
         )
         for s in sections
     )

@@ -25,7 +25,8 @@ class LayerShape:
     v_dim: int
     dtype: torch.dtype  # of queries
     exact: torch.dtype  # of the exact window, and of what is sealed of it
-    gathered: bool = False  # pages store some K channels, or in another order: q is gathered for them
+    gathered: bool = False  # pages store some K channels, in another order or basis: q is turned for them
+    based: bool = False  # pages store K in a basis, into which it is turned in float32
     biased: bool = False
     capped: bool = False
 
@@ -53,8 +54,11 @@ def layer_launches(shape: LayerShape, queries: int = 1) -> list[triton.Launch]:
         triton.attend(cached, q, q_pages, 1.0, 1.0 if shape.capped else 0.0, bias)
         if shape.layout is not None and pool is not None:
             k, v = (
-                torch.zeros(BATCH, shape.kv_heads, shape.layout.tokens, channels, dtype=shape.exact)
-                for channels in (k_channels, shape.v_dim)
+                torch.zeros(BATCH, shape.kv_heads, shape.layout.tokens, channels, dtype=dtype)
+                for channels, dtype in (
+                    (k_channels, torch.float32 if shape.based else shape.exact),
+                    (shape.v_dim, shape.exact),
+                )
             )
             triton.seal(shape.layout, k, v, pool, table[:, 0])
     return launches

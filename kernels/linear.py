@@ -118,7 +118,7 @@ def linear(x: Tensor, weight: Packed, bias: Tensor | None = None) -> Tensor:
     Where the processor multiplies bfloat16 matrices, many rows of x are cut to bfloat16 unless weights are float32.
     """
     rows = x.reshape(-1, weight.cols)
-    few = FEW_BESIDE_UNITS if _multiplies_bfloat16() else FEW
+    few = FEW_BESIDE_UNITS if multiplies_bfloat16() else FEW
     if len(rows) <= few[weight.kind] and _usable():
         out = _few(rows.float(), weight, None if bias is None else bias.float())
     else:
@@ -142,7 +142,7 @@ def _few(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
 def _many(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
     if weight.kind == "float32":
         return F.linear(x.float(), weight.data, None if bias is None else bias.float())
-    dtype = torch.bfloat16 if _multiplies_bfloat16() else torch.float32
+    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
     x = x.to(dtype)
     if weight.data.dtype == dtype:
         return F.linear(x, weight.data, None if bias is None else bias.to(dtype))
@@ -247,6 +247,7 @@ def _usable() -> bool:
 
 
 @functools.cache
-def _multiplies_bfloat16() -> bool:
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has units for products of bfloat16 matrices."""
     has = torch.cpu.get_capabilities()
     return bool(has.get("amx_bf16") or has.get("avx512_bf16"))

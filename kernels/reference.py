@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kvcc.kernels.layout import PageLayout, Section, packed_bytes
+from kvcc.kernels.layout import TOKEN_SCALE_BITS, PageLayout, Section, packed_bytes
 from kvcc.kernels.packing import pack, unpack
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
+from kvcc.kernels.token_scales import of_layout, scale_of
 
 SCALE_FLOOR = 1e-6  # a constant group (padding, a dead channel) must not divide by zero
 
@@ -38,6 +40,11 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor) -> None:
     """See `Backend.seal`."""
     records = torch.zeros(len(pages), layout.nbytes, dtype=torch.uint8, device=k.device)
+    k, v, *scales = of_layout(layout, k, v)
+    for stored, places in zip(scales, (layout.k_token_scales, layout.v_token_scales)):
+        for head, place in enumerate(places):
+            if stored is not None and place is not None:
+                _put(records, place, pack(stored[:, head], TOKEN_SCALE_BITS))
     for head in range(layout.kv_heads):
         for x, sections in ((k, layout.k[head]), (v, layout.v[head])):
             for section in sections:
@@ -46,11 +53,20 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
     pool.write(pages, records)
 
 
+def unit_codes(x: Tensor, bits: int) -> Tensor:
+    """uint8 codes of x on a grid of steps of 1: code q covers [q - 2^(bits-1), q + 1 - 2^(bits-1))."""
+    half = 2 ** (bits - 1)
+    return (x.float().floor() + half).clamp(0, 2 * half - 1).to(torch.uint8)
+
+
 def _seal_section(layout: PageLayout, section: Section, x: Tensor, records: Tensor) -> None:
     runs = x.transpose(1, 2) if section.groups == "tokens" else x  # [N, runs, run length]
     if section.raw:
         half = layout.half if section.bits == 16 else torch.float32
         _put(records, section.codes, runs.to(half))
+        return
+    if section.unit:
+        _put(records, section.codes, pack(unit_codes(runs, section.bits), section.bits))
         return
     codes, scale, zero = quantize(runs, section.bits, section.group_size)
     _put(records, section.codes, pack(codes, section.bits))
@@ -76,6 +92,10 @@ def unseal(layout: PageLayout, records: Tensor) -> tuple[Tensor, Tensor]:
             for section in sections:
                 last = section.first_channel + section.channels
                 x[:, head, :, section.first_channel : last] = _unseal_section(layout, section, records)
+        for x, places in ((k, layout.k_token_scales), (v, layout.v_token_scales)):
+            if (place := places[head]) is not None:
+                packed = _get(records, place, packed_bytes(TOKEN_SCALE_BITS, tokens))
+                x[:, head] *= scale_of(unpack(packed, TOKEN_SCALE_BITS, tokens))[..., None]
     return k, v
 
 
@@ -89,6 +109,8 @@ def _unseal_section(layout: PageLayout, section: Section, records: Tensor) -> Te
             .float()
             .unflatten(1, (runs, length))
         )
+    elif section.unit:
+        x = unpack(stored.unflatten(1, (runs, -1)), section.bits, length) + (0.5 - 2 ** (section.bits - 1))
     else:
         metadata = 2 * runs * length // section.group_size
         scale = _get(records, section.scales, metadata).view(torch.float16).unflatten(1, (runs, -1))
@@ -123,6 +145,7 @@ def attend(
             bias = None if page_bias is None else page_bias[row]
             body = _logits(q_pages[row], k.transpose(0, 1).flatten(1, 2), scale, bias)
             logits = torch.cat([logits, body], dim=-1)
+            v = F.pad(v, (0, values.shape[-1] - v.shape[-1]))  # what pages do not store of V is 0
             values = torch.cat([values, v.transpose(0, 1).flatten(1, 2)], dim=1)
         if logits.shape[-1] == 0:
             continue

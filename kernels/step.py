@@ -21,7 +21,7 @@ Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 
 _NAMES = (
     *("linear", "rms_norm", "layer_norm", "rotate", "gate", "add", "multiply"),
-    *("store", "gather", "attend", "sink"),
+    *("store", "gather", "project", "attend", "sink"),
 )
 _OP = {name: number for number, name in enumerate(_NAMES)}  # the C file's enums
 _ACTIVATION: dict[str, int] = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu": 3}
@@ -203,6 +203,20 @@ def gather(
     inputs = (q.data_ptr(), channels.data_ptr(), _pointer(mean))
     return _record(
         "gather", rows, out.shape[-1], inputs, out.data_ptr(), stride, number=scale, scratch=bias.data_ptr()
+    )
+
+
+def project(q: Tensor, basis: Tensor, mean: Tensor | None, scale: float, out: Tensor, bias: Tensor) -> Record:
+    """Queries in the basis of pages, and their logits with K's mean.
+
+    q: [heads, rows, dim]; basis: [KV heads, dim, kept], contiguous; mean: [KV heads, dim] or None; out: [rows, heads,
+    kept]; bias: [rows, heads].
+    """
+    heads, rows, dim = q.shape
+    stride = (q.stride(1), q.stride(0), heads // len(basis), heads, dim)
+    inputs = (q.data_ptr(), basis.data_ptr(), _pointer(mean))
+    return _record(
+        "project", rows, out.shape[-1], inputs, out.data_ptr(), stride, number=scale, scratch=bias.data_ptr()
     )
 
 

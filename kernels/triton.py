@@ -20,6 +20,7 @@ from kvcc.kernels.head_classes import HeadClass, PlaneSpec, head_classes, padded
 from kvcc.kernels.layout import PageLayout
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
+from kvcc.kernels.token_scales import of_layout
 from kvcc.kernels.triton_kernels import attend_pages, attend_window, merge_parts, seal_pages
 
 name = "triton"
@@ -97,6 +98,7 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
     """See `Backend.seal`. One launch a class of heads; bytes between sections are left as they are."""
     if len(pages) == 0:
         return
+    k, v, k_scales, v_scales = of_layout(layout, k, v)
     k, v = _dense(k), _dense(v)
     for heads in head_classes(layout):
         index = _head_index(heads, k.device)
@@ -107,6 +109,8 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
             (len(pages), len(index), tiles),
             k,
             v,
+            k if k_scales is None else k_scales,
+            v if v_scales is None else v_scales,
             pages,
             pool.addresses,
             index,
@@ -116,6 +120,10 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
             V=heads.v,
             K_TILES=k_tiles,
             V_TILES=v_tiles,
+            K_SCALES=heads.k_scales,
+            V_SCALES=heads.v_scales,
+            SPAN=padded(layout.tokens),
+            KV_HEADS=layout.kv_heads,
             TOKENS=layout.tokens,
             K_ALIGNED=_aligned(k),
             V_ALIGNED=_aligned(v),
@@ -255,6 +263,8 @@ def _attend_pages(
         float(softcap),
         K=heads.k,
         V=heads.v,
+        K_SCALES=heads.k_scales,
+        V_SCALES=heads.v_scales,
         TOKENS=layout.tokens,
         TILE=tiling.tokens,
         GROUP=group,

@@ -4,7 +4,8 @@
 
 Arguments of kernels have no Python types; comments give shapes. All is computed in float32 after loads;
 only operands of matrix products are rounded, to DOT. A *plane* argument is a constant `PlaneSpec`, used by
-index: 0 bits, 1 channels, 2 width, 3 first channel, 4 by tokens, 5 group size, 6 codes, 7 scales, 8 zeros.
+index: 0 bits, 1 channels, 2 width, 3 first channel, 4 by tokens, 5 group size, 6 codes, 7 scales, 8 zeros,
+9 unit steps.
 Channels are contiguous. ALIGNED says that a tensor and all its strides are multiples of 16 bytes, so that rows are
 read in wide pieces; `tl.multiple_of` passes it on, and only where the address is computed: not from a helper.
 Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with merge is
@@ -89,6 +90,9 @@ def _load_runs(
     elif PLANE[0] == 16:
         at = base.to(tl.pointer_type(HALF)) + run[:, None] * LENGTH + pos[None, :]
         return tl.load(at, mask=mask, other=0).to(tl.float32)
+    elif PLANE[9]:
+        codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH).to(tl.float32)
+        return tl.where(mask, codes + (0.5 - (1 << (PLANE[0] - 1))), 0.0)
     else:
         codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH).to(tl.float32)
         scale = _load_groups(page + PLANE[7], run, run_mask, start, PLANE[5], LENGTH, L)
@@ -118,6 +122,15 @@ def _load_values(
     else:
         token = start + tl.arange(0, TILE)
         return _load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], HALF)
+
+
+@triton.jit
+def _token_scales(page, start, SCALES: tl.constexpr, TOKENS: tl.constexpr, TILE: tl.constexpr):
+    """Scales of tokens start .. start + TILE, which lie SCALES bytes into the record: float32 [TILE]."""
+    token = start + tl.arange(0, TILE)
+    byte = tl.load(page + SCALES + token % (TOKENS // 2), mask=token < TOKENS, other=0).to(tl.int32)
+    code = (byte >> (token // (TOKENS // 2) * 4)) & 15
+    return tl.exp2((code.to(tl.float32) - 3.0) * (1.0 / 3.0))
 
 
 # ---- softmax
@@ -199,6 +212,8 @@ def attend_pages(
     softcap,
     K: tl.constexpr,
     V: tl.constexpr,
+    K_SCALES: tl.constexpr,  # where a head's token scales lie in its record; -1: nowhere
+    V_SCALES: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
@@ -251,6 +266,8 @@ def attend_pages(
         for p in tl.static_range(len(K)):
             keys = _load_keys(page, start, K[p], TOKENS, TILE, HALF).to(DOT)
             logits = tl.dot(queries[p], keys, logits, input_precision="ieee")
+        if K_SCALES >= 0:
+            logits *= _token_scales(page, start, K_SCALES, TOKENS, TILE)[None, :]
         if BIASED:
             logits += row_bias[:, None]
         if CAPPED:
@@ -258,6 +275,8 @@ def attend_pages(
         if TOKENS % TILE != 0:
             logits = tl.where((start + tl.arange(0, TILE) < TOKENS)[None, :], logits, float("-inf"))
         weights, decay, top, total = _online(logits, top, total)
+        if V_SCALES >= 0:
+            weights *= _token_scales(page, start, V_SCALES, TOKENS, TILE)[None, :]
         weights = weights.to(DOT)
         updated = ()
         for p in tl.static_range(len(V)):
@@ -424,13 +443,16 @@ def _quantise(
 
     Element [r, j, i] is position j * LENGTH / STRIPS + i. With METADATA, scales and zeros are stored.
     """
-    G: tl.constexpr = PLANE[5]
-    GROUPS: tl.constexpr = LENGTH // G
     LEVELS: tl.constexpr = (1 << PLANE[0]) - 1
     i = tl.arange(0, SPAN)
     pos = (tl.arange(0, STRIPS) * (LENGTH // STRIPS))[:, None] + i[None, :]
     inside = tl.broadcast_to(i[None, :] < LENGTH // STRIPS, [STRIPS, SPAN])
     x = _load_exact(x, token_stride, run, run_mask, pos, inside, PLANE, ALIGNED)
+    if PLANE[9]:
+        code = tl.floor(x) + (1 << (PLANE[0] - 1))
+        return tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
+    G: tl.constexpr = PLANE[5] if PLANE[5] else 1
+    GROUPS: tl.constexpr = LENGTH // G
     group = tl.where(inside, pos // G, GROUPS)
     scale = tl.full(x.shape, 1.0, tl.float32)
     zero = tl.full(x.shape, 0.0, tl.float32)
@@ -499,10 +521,22 @@ def _seal_runs(
         _store_packed(rows, run_mask, codes, LENGTH * BITS // 8, BITS)
 
 
-@triton.jit(do_not_specialize=range(11))
+@triton.jit
+def _store_scales(scales, page, SCALES: tl.constexpr, TOKENS: tl.constexpr, SPAN: tl.constexpr):
+    """Pack a head's codes of token scales into its record."""
+    token = tl.arange(0, SPAN)
+    inside = token < TOKENS // 2
+    low = tl.load(scales + token, mask=inside, other=0)
+    high = tl.load(scales + TOKENS // 2 + token, mask=inside, other=0)
+    tl.store(page + SCALES + token, low | (high << 4), mask=inside)
+
+
+@triton.jit(do_not_specialize=range(13))
 def seal_pages(
     k,  # [N, Hkv, TOKENS, Ck]
     v,  # [N, Hkv, TOKENS, Cv]
+    k_scales,  # [N, Hkv, TOKENS] uint8, contiguous; unread where K_SCALES is -1
+    v_scales,
     pages,  # [N] int64
     addresses,  # [capacity] int64
     heads,  # [class heads, 2] int32: KV head, byte offset of its record
@@ -516,6 +550,10 @@ def seal_pages(
     V: tl.constexpr,
     K_TILES: tl.constexpr,  # for each plane of K: its first tile, the one after its last, positions, runs a tile
     V_TILES: tl.constexpr,
+    K_SCALES: tl.constexpr,  # where a head's token scales lie in its record; -1: nowhere
+    V_SCALES: tl.constexpr,
+    SPAN: tl.constexpr,  # tokens, rounded up to a power of two
+    KV_HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
     K_ALIGNED: tl.constexpr,
     V_ALIGNED: tl.constexpr,
@@ -529,6 +567,12 @@ def seal_pages(
     page = tl.multiple_of(page, 16)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(2)
+    if tile == 0:
+        at = (row * KV_HEADS + head) * TOKENS
+        if K_SCALES >= 0:
+            _store_scales(k_scales + at, page, K_SCALES, TOKENS, SPAN)
+        if V_SCALES >= 0:
+            _store_scales(v_scales + at, page, V_SCALES, TOKENS, SPAN)
     keys = k + row * k_page_stride + head * k_head_stride
     for p in tl.static_range(len(K)):
         if (tile >= K_TILES[p][0]) & (tile < K_TILES[p][1]):

@@ -391,9 +391,10 @@ def _attend_call(model: CompiledModel, cache: Cache, index: int) -> Callable[[],
     view = layer.view(slice(None), lengths, sealed)
     q = torch.randn(batch, 1, plan.q_heads, plan.k_dim).to(model.device, dtype)
     q_pages, bias = q, None
-    if layer.layout is not None and layer.channels is not None:
+    basis = layer.basis
+    if layer.layout is not None and (layer.channels is not None or basis is not None):
         q_pages = q[..., : layer.layout.k_channels].contiguous()
-        if layer.pruned_mean is not None:
+        if layer.pruned_mean is not None or (basis is not None and basis.mean is not None):
             bias = q.new_zeros(batch, 1, plan.q_heads, dtype=torch.float32)
     scale, softcap = node.kwargs["scale"], node.kwargs["softcap"]
     return lambda: cache.backend.attend(view, q, q_pages, scale, softcap, bias)

@@ -330,6 +330,10 @@ def needed_tables(plan: Plan) -> Header:
         shape = (layer.kv_heads, layer.k_dim)
         if layer.select == "static":
             needed[f"layers.{index}.k_channels"] = (torch.int64, shape)
+        if layer.select == "basis":
+            stored = max(head.k.channels for head in layer.heads)
+            for name in ("k_basis", "q_basis"):
+                needed[f"layers.{index}.{name}"] = (torch.float32, (*shape, stored))
         if layer.mean_correction:
             needed[f"layers.{index}.k_mean"] = (torch.float32, shape)
     return needed
@@ -341,7 +345,7 @@ def check_tables(found: Header, plan: Plan) -> None:
 
 
 def check_table_values(tables: Mapping[str, Tensor], plan: Plan) -> None:
-    """Raise ArtifactTensor unless every channel order is one and every mean is finite."""
+    """Raise ArtifactTensor unless every channel order is one, and every mean and basis finite."""
     for name, table in tables.items():
         if name.endswith(".k_channels"):
             layer: LayerPlan = plan.layers[int(name.split(".")[1])]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcc.kernels.exact import causal_attention, merged
-from kvcc.runtime.cache import Cache, LayerCache
+from kvcc.runtime.cache import Cache, KeyBasis, LayerCache
 
 REQUEST_QUERIES = 32  # ThinK's observation window: the last prompt queries that choose the channels
 GATHERED = 4096  # tokens whose stored channels are gathered at a time while sealing
@@ -95,7 +95,8 @@ def _attend_row(
     """New tokens of one sequence over what it has cached and themselves: out [n, Hq, Dv], lse [n, Hq]."""
     layer, length = cache.layers[index], cache.lengths[row]
     if not layer.plan.window:
-        exact = causal_attention(q, k, v, scale, 0, softcap)
+        dtype = cache.exact_in or q.dtype
+        exact = causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), scale, 0, softcap)
         return merged(exact, _attend_cached(cache, index, row, q, scale, softcap)) if length else exact
     slots = _recent_slots(layer, row, length)
     if not len(slots):
@@ -182,16 +183,25 @@ def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
     assert layer.pool is not None
     page = layer.plan.page
     ids = layer.add_pages(row, k.shape[1] // page)
-    if layer.channels is None:
+    if layer.channels is None and layer.basis is None:
         _seal_pages(cache, layer, ids, k, v)
         return
-    chosen = layer.channels[row if len(layer.channels) > 1 else 0][:, None]  # [Hkv, 1, C]
     step = max(1, GATHERED // page)
-    for first in range(0, len(ids), step):  # some pages at a time: what is gathered is a copy
+    for first in range(0, len(ids), step):  # some pages at a time: what pages store of K is a copy
         some = slice(first * page, (first + step) * page)
-        k_some = k[:, some]
-        k_some = k_some.gather(-1, chosen.expand(-1, k_some.shape[1], -1))
-        _seal_pages(cache, layer, ids[first : first + step], k_some, v[:, some])
+        stored = _stored_keys(layer, [row], k[None, :, some])[0]
+        _seal_pages(cache, layer, ids[first : first + step], stored, v[:, some])
+
+
+def _stored_keys(layer: LayerCache, rows: list[int], k: Tensor) -> Tensor:
+    """What pages store of k [rows, Hkv, n, Dk] of sequences `rows`, in plane order: [rows, Hkv, n, C]."""
+    if layer.basis is not None:
+        centred = k.float() if layer.basis.mean is None else k.float() - layer.basis.mean[:, None]
+        return centred @ layer.basis.keys
+    if layer.channels is None:
+        return k
+    chosen = layer.channels[rows] if len(layer.channels) > 1 else layer.channels  # [rows or 1, Hkv, C]
+    return k.gather(-1, chosen[:, :, None].expand(len(rows), -1, k.shape[2], -1))
 
 
 def _seal_pages(cache: Cache, layer: LayerCache, ids: Tensor, k: Tensor, v: Tensor) -> None:
@@ -212,20 +222,28 @@ def seal_full(cache: Cache, index: int, rows: list[int]) -> None:
     slots = plan.sinks + (sealed[:, None] + torch.arange(plan.page, device=device)) % plan.ring
     here = torch.tensor(rows, device=device)[:, None]
     k, v = (window[here, :, slots].transpose(1, 2) for window in (layer.window_k, layer.window_v))
-    if layer.channels is not None:
-        chosen = layer.channels[rows] if len(layer.channels) > 1 else layer.channels  # [rows or 1, Hkv, C]
-        k = k.gather(-1, chosen[:, :, None].expand(len(rows), -1, plan.page, -1))
     ids = torch.cat([layer.add_pages(row, 1) for row in rows])
-    cache.backend.seal(layer.layout, k, v, layer.pool, ids)
+    cache.backend.seal(layer.layout, _stored_keys(layer, rows, k), v, layer.pool, ids)
 
 
 def _page_queries(layer: LayerCache, rows: slice, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Queries q [B, n, Hq, D] as pages want them, and what their logits lack for the pruned channels' mean."""
+    """Queries q [B, n, Hq, D] as pages want them, and what their logits lack for the mean that pages leave out."""
+    if layer.basis is not None:
+        return _in_basis(layer.basis, q, scale)
     if layer.query_channels is None:
         return q, None
     index = layer.query_channels if len(layer.query_channels) == 1 else layer.query_channels[rows]
     bias = None if layer.pruned_mean is None else scale * (q.float() * layer.pruned_mean).sum(-1)
     return q.gather(-1, index.expand(*q.shape[:2], -1, -1)), bias
+
+
+def _in_basis(basis: KeyBasis, q: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Queries [B, n, Hq, D] in the coordinates of pages [B, n, Hq, C], and their logits with K's mean."""
+    grouped = q.float().unflatten(2, (len(basis.queries), -1))
+    turned = torch.einsum("bnhgd,hdc->bnhgc", grouped, basis.queries).flatten(2, 3).to(q.dtype)
+    if basis.mean is None:
+        return turned, None
+    return turned, scale * torch.einsum("bnhgd,hd->bnhg", grouped, basis.mean).flatten(2)
 
 
 def select_channels(layer: LayerCache, row: int, q: Tensor, k: Tensor) -> None:

@@ -42,6 +42,18 @@ class DecodeStep:
 
 
 @dataclass(frozen=True)
+class KeyBasis:
+    """Coordinates in which pages store K, the same for every sequence; made once for a model.
+
+    Products stay what they were: keys @ queries.T is a projection onto what is stored.
+    """
+
+    keys: Tensor  # [Hkv, Dk, C] float32: pages store (k - mean) @ keys
+    queries: Tensor  # [Hkv, Dk, C] float32: and meet q @ queries
+    mean: Tensor | None  # [Hkv, Dk] float32
+
+
+@dataclass(frozen=True)
 class KeptChannels:
     """Which K channels pages store, the same for every sequence; made once for a model."""
 
@@ -50,7 +62,7 @@ class KeptChannels:
     pruned_mean: Tensor | None  # [Hq, Dk], 0 where a channel is stored
 
 
-def kept_channels(plan: Plan, tables: Mapping[str, Tensor]) -> list[KeptChannels | None]:
+def kept_channels(plan: Plan, tables: Mapping[str, Tensor]) -> list[KeptChannels | KeyBasis | None]:
     """By layer, from the artifact's tables; None where pages store all channels or sequences choose."""
     return [
         _kept(index, layer, layout, tables)
@@ -60,12 +72,14 @@ def kept_channels(plan: Plan, tables: Mapping[str, Tensor]) -> list[KeptChannels
 
 def _kept(
     index: int, plan: LayerPlan, layout: PageLayout | None, tables: Mapping[str, Tensor]
-) -> KeptChannels | None:
-    if layout is None or plan.select != "static":
+) -> KeptChannels | KeyBasis | None:
+    if layout is None or plan.select not in ("static", "basis"):
         return None
+    mean = tables[f"layers.{index}.k_mean"] if plan.mean_correction else None
+    if plan.select == "basis":
+        return KeyBasis(tables[f"layers.{index}.k_basis"], tables[f"layers.{index}.q_basis"], mean)
     group = plan.q_heads // plan.kv_heads
     channels = tables[f"layers.{index}.k_channels"][None, :, : layout.k_channels]
-    mean = tables[f"layers.{index}.k_mean"] if plan.mean_correction else None
     return KeptChannels(
         channels,
         channels.repeat_interleave(group, dim=1)[:, None],
@@ -92,12 +106,16 @@ class LayerCache:
         self.channels: Tensor | None = None
         self.query_channels: Tensor | None = None
         self.pruned_mean: Tensor | None = None
+        self.basis: KeyBasis | None = None
         if layout is not None and plan.select == "request":
             self.channels = self.table.new_zeros(batch, plan.kv_heads, layout.k_channels)
             self.query_channels = self.table.new_zeros(batch, 1, plan.q_heads, layout.k_channels)
 
-    def use(self, kept: KeptChannels) -> None:
-        """Store the same K channels of every sequence."""
+    def use(self, kept: KeptChannels | KeyBasis) -> None:
+        """Store the same K channels of every sequence, or K in one basis."""
+        if isinstance(kept, KeyBasis):
+            self.basis = kept
+            return
         self.channels, self.query_channels = kept.channels, kept.query_channels
         self.pruned_mean = kept.pruned_mean
 
@@ -194,16 +212,18 @@ class Cache:
     def __init__(
         self,
         plan: Plan,
-        kept: Sequence[KeptChannels | None],  # by layer
+        kept: Sequence[KeptChannels | KeyBasis | None],  # by layer
         backend: Backend,
         batch: int,
         device: torch.device,
         budget: int | None = None,
+        exact_in: torch.dtype | None = None,
     ) -> None:
         self.plan = plan
         self.backend = backend
         self.device = device
         self.budget = budget  # bytes for the whole batch, None for what memory allows
+        self.exact_in = exact_in  # type in which new tokens attend to each other; None: the model's
         self.lengths = [0] * batch
         self.counts: list[int] = []
         _check_fits(batch * plan.cache_bytes(0), budget, f"an empty cache of batch {batch}")

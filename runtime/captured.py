@@ -127,7 +127,12 @@ class CapturedStep:
         yield step.store(entry.k, layer.window_k, places.slots)
         yield step.store(entry.v, layer.window_v, places.slots)
         bias, q_pages = None, None
-        if layer.query_channels is not None and entry.q_pages is not None and entry.bias is not None:
+        if layer.basis is not None and entry.q_pages is not None and entry.bias is not None:
+            q_pages = entry.q_pages[:, None]
+            bias = None if layer.basis.mean is None else entry.bias
+            basis, mean = layer.basis.queries, layer.basis.mean
+            yield step.project(entry.q, basis, mean, entry.scale, entry.q_pages, entry.bias)
+        elif layer.query_channels is not None and entry.q_pages is not None and entry.bias is not None:
             q_pages = entry.q_pages[:, None]
             bias = None if layer.pruned_mean is None else entry.bias
             yield step.gather(

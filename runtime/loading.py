@@ -7,7 +7,7 @@ import torch
 
 from kvcc.errors import CapacityError, KernelUnavailable
 from kvcc.kernels import backend as kernel_backend
-from kvcc.kernels.linear import WeightType
+from kvcc.kernels.linear import WeightType, multiplies_bfloat16
 from kvcc.runtime.artifact import module, read_artifact
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
@@ -27,7 +27,8 @@ def load(
     """A compiled model from an artifact folder.
 
     Weights are memory-mapped on the CPU. `backend` is auto, reference, cpu or triton. `weights` stores those of linear
-    layers as bfloat16 or int8 instead, on the CPU: decoding reads fewer bytes, at some accuracy. `verify` checks every
+    layers as bfloat16 or int8 instead, on the CPU: decoding reads fewer bytes, at some accuracy; a prompt's tokens then
+    attend to each other in bfloat16, where the processor multiplies matrices of it. `verify` checks every
     file's digest (True), or sizes and structure only ("sizes"). `precompiled` allows the GPU kernels that the artifact
     carries to be used: they are code, so say it of makers you trust only; else kernels are compiled here. Raises
     ArtifactError for what is malformed, altered or not understood, KernelUnavailable when `backend` cannot run here.
@@ -59,4 +60,5 @@ def load(
         Tokenizer.load(folder) if folder.is_dir() else None,
         kernels,
         target,
+        torch.bfloat16 if weights in ("bfloat16", "int8") and multiplies_bfloat16() else None,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from kvcc.errors import CapacityError, DataError
 from kvcc.kernels.protocol import Backend
-from kvcc.runtime.cache import Cache, KeptChannels, kept_channels
+from kvcc.runtime.cache import Cache, KeptChannels, KeyBasis, kept_channels
 from kvcc.runtime.captured import CapturedStep, NotCapturable, capture
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.plan import Plan
@@ -39,14 +39,15 @@ class CompiledModel:
     tokenizer: Tokenizer | None
     backend: Backend
     device: torch.device
+    exact_in: torch.dtype | None = None  # type in which new tokens attend to each other; None: the model's
     steps: dict[tuple[int, int], CapturedStep | None] = field(default_factory=dict, repr=False, compare=False)
 
     def new_cache(self, batch: int = 1, budget: int | None = None) -> Cache:
         """An empty cache for `batch` sequences, of at most `budget` bytes when given."""
-        return Cache(self.plan, self.kept_channels, self.backend, batch, self.device, budget)
+        return Cache(self.plan, self.kept_channels, self.backend, batch, self.device, budget, self.exact_in)
 
     @cached_property
-    def kept_channels(self) -> list[KeptChannels | None]:
+    def kept_channels(self) -> list[KeptChannels | KeyBasis | None]:
         """What pages store of K, by layer; all caches share it."""
         return kept_channels(self.plan, self.tables)
 

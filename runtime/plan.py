@@ -32,8 +32,10 @@ class LayerPlan(_Data):
 
     A layer with sliding-window attention has no pages (page 0) and keeps its last `window` tokens, exact.
     `select` says where the K channels of a page come from: "all" keeps the model's order; "static" takes table
-    `layers.N.k_channels`; "request" chooses per sequence (ThinK as published). With `mean_correction`, table
-    `layers.N.k_mean` restores the pruned channels' share of body logits.
+    `layers.N.k_channels`; "request" chooses per sequence (ThinK as published); "basis" stores K in the coordinates of
+    table `layers.N.k_basis`, and queries meet it in those of `layers.N.q_basis`. With `mean_correction`, table
+    `layers.N.k_mean` restores the share in body logits of what pages leave out: pruned channels, or K's mean.
+    A page may store fewer than all V channels; the others are 0 there.
     """
 
     q_heads: PositiveInt
@@ -44,7 +46,7 @@ class LayerPlan(_Data):
     recent: NonNegativeInt
     page: NonNegativeInt
     window: NonNegativeInt = 0
-    select: Literal["all", "static", "request"] = "all"
+    select: Literal["all", "static", "request", "basis"] = "all"
     mean_correction: bool = False
     heads: tuple[HeadPlan, ...] = ()
     elements: PositiveInt | None = (
@@ -62,13 +64,13 @@ class LayerPlan(_Data):
         if self.page and len(self.heads) != self.kv_heads:
             raise ValueError(f"{len(self.heads)} head plans for {self.kv_heads} KV heads")
         for head, plan in enumerate(self.heads):
-            if plan.k.channels > self.k_dim or plan.v.channels != self.v_dim:
+            if plan.k.channels > self.k_dim or plan.v.channels > self.v_dim:
                 raise ValueError(
-                    f"KV head {head} stores {plan.k.channels} of {self.k_dim} K and {plan.v.channels} of "
-                    f"{self.v_dim} V channels; K may store fewer, V all"
+                    f"KV head {head} stores {plan.k.channels} K and {plan.v.channels} V channels, and there are "
+                    f"{self.k_dim} and {self.v_dim}"
                 )
             if self.select == "all" and plan.k.channels != self.k_dim:
-                raise ValueError(f"KV head {head} prunes K channels, so `select` must be static or request")
+                raise ValueError(f"KV head {head} prunes K channels, so `select` must not be all")
         return self
 
     @property

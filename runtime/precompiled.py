@@ -38,6 +38,7 @@ def layer_shapes(plan: Plan, graph: Program) -> "list[LayerShape]":
             getattr(torch, plan.dtype),
             plan.exact,
             gathered=layer.select != "all",
+            based=layer.select == "basis",
             biased=layer.mean_correction,
             capped=calls[index] > 0,
         )

@@ -77,6 +77,17 @@ def side(groups: str, group_size: int, *planes: tuple[int, int]) -> Side:
     return Side(tuple(Plane(bits, channels) for bits, channels in planes), groups, group_size)  # type: ignore[arg-type]
 
 
+def unit(groups: str, *planes: tuple[int, int], scales: bool = True) -> Side:
+    """A Side of unit steps, with or without token scales."""
+    assert groups in ("tokens", "channels")
+    return Side(
+        tuple(Plane(bits, channels) for bits, channels in planes),
+        groups,  # type: ignore[arg-type]
+        steps="unit",
+        token_scales=scales,
+    )
+
+
 def build(spec: Spec, device: torch.device | str = "cpu") -> Case:
     """The tensors of a spec, made on the CPU from a seed that the name gives, then moved."""
     rng = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()))
@@ -200,8 +211,29 @@ def _layouts() -> Iterator[Spec]:
         page=128,
         lengths=(700,),
     )
+    yield from _unit_steps()
     mostly_pruned = side("tokens", 64, (4, 1))
     yield Spec("narrow-k1", (mostly_pruned,), (v,), bias=True)
+
+
+def _unit_steps() -> Iterator[Spec]:
+    for bits in (1, 2, 3, 4, 8):
+        k, v = unit("tokens", (bits, 64), scales=False), unit("channels", (bits, 64), scales=False)
+        yield Spec(f"unit{bits}", (k, k), (v, v), group=3)
+    mixed_k = unit("tokens", (8, 8), (4, 16), (2, 24), (1, 8))
+    mixed_v = unit("channels", (4, 24), (3, 8), (1, 24))
+    yield Spec("unit-mixed", (mixed_k, mixed_k), (mixed_v, mixed_v), group=3, bias=True)
+    yield Spec("unit-mixed-float16", (mixed_k,), (mixed_v,), group=4, dtype=torch.float16)
+    yield Spec("unit-queries70", (mixed_k,) * 2, (mixed_v,) * 2, queries=70, lengths=(300, 0, 20))
+    short = {"page": 24, "lengths": (200, 90)}
+    yield Spec("unit-page24", (unit("tokens", (3, 17)),), (unit("channels", (2, 40)),), **short)  # type: ignore[arg-type]
+    other = side("tokens", 32, (4, 39)), side("channels", 32, (4, 64))
+    plain = unit("tokens", (2, 40), scales=False), unit("channels", (4, 64), scales=False)
+    k, v = zip(other, (mixed_k, mixed_v), plain)
+    yield Spec("unit-per-head", k, v, group=2)
+    by_token = unit("channels", (4, 64))
+    yield Spec("unit-by-token", (by_token,), (unit("tokens", (2, 40), (8, 24)),))
+    yield Spec("unit-no-keys", (unit("tokens"),), (unit("channels", (2, 64)),), bias=True)
 
 
 def _shapes() -> Iterator[Spec]:

@@ -19,7 +19,7 @@ def road(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Both ways through `linear`: the C kernels, and torch."""
     few = 10**9 if request.param == "compiled" else -1
     monkeypatch.setattr(module, "FEW", dict.fromkeys(KINDS, few))
-    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: False)
     return str(request.param)
 
 
@@ -182,11 +182,11 @@ def test_without_a_compiler_torch_serves(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_many_rows_where_the_processor_multiplies_bfloat16(
+def test_many_rows_where_the_processormultiplies_bfloat16(
     kind: WeightType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "FEW_BESIDE_UNITS", dict.fromkeys(KINDS, -1))
-    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "multiplies_bfloat16", lambda: True)
     weight, x, bias = made(40, 300, 20)
     packed = pack(weight, kind)
     y = linear(x, packed, bias)

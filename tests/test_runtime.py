@@ -1,5 +1,7 @@
 """The cache and the lowered graph: exactness, raggedness, chunks, memory, limits."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -88,6 +90,20 @@ def test_chunked_prefill_is_exact_for_the_exact_recipe() -> None:
         torch.testing.assert_close(
             model.forward(rows, model.new_cache(2), chunk=chunk), whole, atol=1e-4, rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_prompts_may_attend_in_bfloat16(name: str) -> None:
+    """As `load` chooses where the processor multiplies matrices of it; cached tokens are met in the model's type."""
+    model = runnable(name, recipe())
+    narrow = dataclasses.replace(model, exact_in=torch.bfloat16)
+    rows = tokens(37, 20)
+    found, expected = (m.forward(rows, m.new_cache(2)) for m in (narrow, model))
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+    chunked = narrow.forward(rows, narrow.new_cache(2), chunk=9)
+    torch.testing.assert_close(chunked, expected, atol=0.1, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", RECIPES)
