@@ -19,6 +19,7 @@ from kvcc.errors import CapacityError, DataError, ProfileError
 from kvcc.graph import Graph
 from kvcc.profile import Profile, Source, pack, sorted_sources, unpack, write_atomically
 from kvcc.runtime.identity import ModelIdentity
+from kvcc.sensitivity import Gradients
 from kvcc.statistics import LayerShape, LayerStatistics
 
 SKIP_FIRST = 16  # tokens at the start of a prompt that means and covariances leave out
@@ -116,6 +117,7 @@ def calibrate(
     *,
     batch_size: int = 1,
     skip_first: int = SKIP_FIRST,
+    gradients: bool = False,
     state: Path | None = None,
     resume: bool = False,
     save_every: float = SAVE_EVERY,
@@ -123,10 +125,11 @@ def calibrate(
 ) -> Profile:
     """Measure the model on every prompt of every set, each prompt once, and return the profile.
 
-    A prompt that occurs again, in the same or a later set, is left out. With `state`, a checkpoint is kept in
-    that file every `save_every` seconds, for the caller to remove once the profile is saved; with `resume`, a
-    run that was killed goes on from there, and ends with the same bits as one that was not. Without a state
-    file `resume` starts from the beginning.
+    With `gradients`, a backward pass through every prompt follows, alone and unpadded (three times the time, and
+    memory for the square of its length in every layer). A prompt that occurs again, in the same or a later set, is
+    left out. With `state`, a checkpoint is kept in that file every `save_every` seconds, for the caller to remove once
+    the profile is saved; with `resume`, a run that was killed goes on from there, and ends with the same bits as one
+    that was not. Without a state file `resume` starts from the beginning.
 
     Raises DataError (no prompt; none longer than `skip_first`), CapacityError (a prompt longer than the
     model's context; a batch too large for memory), ProfileError (a state file of another run; values that
@@ -135,8 +138,9 @@ def calibrate(
     sets = without_repeats(sets)
     batches = _batches(sets, batch_size)
     _check_prompts(graph.model, sets, skip_first)
-    key = _run_key(graph.model, sets, batch_size, skip_first)
+    key = _run_key(graph.model, sets, batch_size, skip_first, gradients)
     tap, done = _Tap(graph.module, skip_first), 0
+    backward = Gradients(graph.module, skip_first) if gradients else None
     if resume and state is not None and state.exists():
         tap.shapes, tap.layers, done = _load_state(state, key)
 
@@ -145,7 +149,7 @@ def calibrate(
     started = saved = time.monotonic()
     tokens = resumed
     for index in range(done, len(batches)):
-        _measure(tap, batches[index])
+        _measure(tap, batches[index], backward)
         tokens += _count(batches[index])
         now = time.monotonic()
         if state is not None and now - saved >= save_every:
@@ -178,11 +182,18 @@ class _Tap(fx.Interpreter):
         self.skip_first = skip_first
         self.shapes: dict[int, LayerShape] = {}
         self.layers: dict[int, LayerStatistics] = {}
-        self.batch: list[tuple[int, Tensor]] = []  # length and probe rows of each prompt
+        self.batch: list[tuple[int, Tensor, Tensor]] = []  # length, probe rows and draws of each prompt
 
     def measure(self, batch: Sequence[TokenPrompt]) -> None:
         """One forward pass, with logits of one row only."""
-        self.batch = [(len(p.ids), torch.tensor(statistics.probe_rows(len(p.ids), p.id))) for p in batch]
+        self.batch = [
+            (
+                len(p.ids),
+                torch.tensor(statistics.probe_rows(len(p.ids), p.id)),
+                statistics.token_draws(len(p.ids), p.id),
+            )
+            for p in batch
+        ]
         tokens, positions, mask = _left_padded(batch)
         with torch.no_grad():
             self.run(tokens, positions, mask, torch.tensor([tokens.shape[1] - 1]))
@@ -211,7 +222,7 @@ class _Tap(fx.Interpreter):
             sizes = q.shape[1], k.shape[1], k.shape[3], v.shape[3]
             self.shapes[layer] = LayerShape(*sizes, scale, window or None, softcap or None)
             self.layers[layer] = statistics.empty(self.shapes[layer], q.device)
-        for row, (length, probes) in enumerate(self.batch):
+        for row, (length, probes, draws) in enumerate(self.batch):
             real = slice(q.shape[2] - length, None)
             statistics.add_prompt(
                 self.layers[layer],
@@ -222,14 +233,18 @@ class _Tap(fx.Interpreter):
                 visible=None if mask is None else mask[row if mask.shape[0] > 1 else 0, 0, real, real],
                 sinks=sinks,
                 probes=probes,
+                draws=draws,
                 skip_first=self.skip_first,
             )
 
 
-def _measure(tap: _Tap, batch: Sequence[TokenPrompt]) -> None:
+def _measure(tap: _Tap, batch: Sequence[TokenPrompt], backward: Gradients | None) -> None:
     """Add a batch to the statistics. Raises CapacityError and ProfileError."""
     try:
         tap.measure(batch)
+        if backward is not None:
+            for prompt in batch:
+                backward.add(tap.layers, prompt.ids, prompt.id)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
@@ -285,7 +300,7 @@ def _check_prompts(model: ModelIdentity, sets: Sequence[PromptSet], skip_first: 
 
 
 def _run_key(
-    model: ModelIdentity, sets: Sequence[PromptSet], batch_size: int, skip_first: int
+    model: ModelIdentity, sets: Sequence[PromptSet], batch_size: int, skip_first: int, gradients: bool
 ) -> dict[str, str]:
     """What two runs must share for one to go on where the other stopped."""
     tokens = hashlib.sha256(json.dumps([[p.id, p.ids] for s in sets for p in s.prompts]).encode())
@@ -296,6 +311,7 @@ def _run_key(
         "statistics version": str(statistics.VERSION),
         "skip_first": str(skip_first),
         "batch size": str(batch_size),
+        "gradients": str(gradients),
         "seed": ", ".join(str(each.seed) for each in sets),
         "data": ", ".join(f"{each.name} {each.digest}" for each in sets),
         "prompt tokens (length)": f"sha256:{tokens.hexdigest()}",
@@ -362,6 +378,7 @@ def calibrate_model(
     batch_size: int = 1,
     dtype: str = "float32",
     skip_first: int = SKIP_FIRST,
+    gradients: bool = False,
     save_every: float = SAVE_EVERY,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -397,9 +414,16 @@ def calibrate_model(
     state = output.with_name(f"{output.name}.partial")
     if resume:
         say("resuming" if state.exists() else f"nothing to resume ({state} does not exist): starting")
-    options = {"batch_size": batch_size, "skip_first": skip_first}
     profile = calibrate(
-        graph, sets, **options, state=state, resume=resume, save_every=save_every, progress=progress
+        graph,
+        sets,
+        batch_size=batch_size,
+        skip_first=skip_first,
+        gradients=gradients,
+        state=state,
+        resume=resume,
+        save_every=save_every,
+        progress=progress,
     )
     profile.save(output)
     state.unlink(missing_ok=True)

@@ -145,6 +145,25 @@ class Profile:
         """Covariance of values (divisor n), [H, E, E]."""
         return _covariance(self.vv(layer), self.v_mean(layer))
 
+    def samples(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of body tokens drawn at random, [H, S, D] and [H, S, E] float32, S at most 1,024."""
+        held = self._layer(layer)
+        drawn = min(self._count(layer), len(held.sample_draws))
+        return held.k_sample[:drawn].transpose(0, 1), held.v_sample[:drawn].transpose(0, 1)
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether every layer with stored tokens was measured by kvcc.sensitivity, too."""
+        return all(shape.window or int(held.grad_rows) for shape, held in zip(self.shapes, self.layers))
+
+    def k_fisher(self, layer: int) -> Tensor:
+        """E[g gᵀ] over stored tokens, [H, D, D]: an error δ in a token's key costs ½ δᵀ E[g gᵀ] δ nats a prompt."""
+        return self._layer(layer).k_grad / self._count(layer)
+
+    def v_fisher(self, layer: int) -> Tensor:
+        """The same of values, [H, E, E]."""
+        return self._layer(layer).v_grad / self._count(layer)
+
     def k_range(self, layer: int) -> tuple[Tensor, Tensor]:
         """Exact least and greatest value of each key channel, [H, D] each."""
         self._count(layer)

@@ -15,15 +15,18 @@ from torch import Tensor
 from kvcc import sketch
 from kvcc.errors import ProfileError
 
-VERSION = 1  # of the meaning of the fields below; profiles of different versions do not merge
+VERSION = 2  # of the meaning of the fields below; profiles of different versions do not merge
 SINKS = 16  # the position class "sinks": the first tokens of a prompt
 RECENT = 64  # the position class "recent": the last tokens up to and including the query
 CLASSES = ("sinks", "middle", "recent")
 PROBES = 16  # last rows, and as many random rows, on which attention is looked at (ZipCache's probe queries)
 THINK_WINDOW = 32  # last queries that ThinK's score looks at
+SAMPLED = 1024  # body tokens kept as they are
 MAX_TOKENS = 2**31 - 1  # what the sketch's int32 counters hold
 
 _MINIMA, _MAXIMA = ("k_min", "v_min"), ("k_max", "v_max")
+_SAMPLES = ("k_sample", "v_sample")
+_NOT_DRAWN = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,14 @@ class LayerStatistics:
     saliency_sum: Tensor  # [H, C] Σ over keys of ZipCache's normalised saliency
     saliency_sq_sum: Tensor  # [H, C]
     think_sum: Tensor  # [H, D] Σ over prompts of ThinK's score
+    sample_draws: (
+        Tensor  # [S] int64 random numbers of the sampled tokens, ascending; the largest int64 for none
+    )
+    k_sample: Tensor  # [S, H, D] float32 keys of the body tokens that drew least
+    v_sample: Tensor  # [S, H, E]
+    grad_rows: Tensor  # [] predictions whose gradients were taken (kvcc.sensitivity); 0: none were
+    k_grad: Tensor  # [H, D, D] Σ over stored tokens of g gᵀ, g the gradient at their key
+    v_grad: Tensor  # [H, E, E]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every field by name."""
@@ -90,12 +101,16 @@ def layout(shape: LayerShape) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         "k_min": (H, D), "k_max": (H, D), "v_min": (H, E), "v_max": (H, E),
         "k_sketch": (H, D, B), "v_sketch": (H, E, B),
         "mass_sum": (H, C), "mass_sq_sum": (H, C), "saliency_sum": (H, C), "saliency_sq_sum": (H, C),
+        "sample_draws": (SAMPLED,), "k_sample": (SAMPLED, H, D), "v_sample": (SAMPLED, H, E),
+        "grad_rows": (), "k_grad": (H, D, D), "v_grad": (H, E, E),
     }  # fmt: skip
-    counts = {"tokens", "prompts", "rows", "saliency_keys"}
+    counts = {"tokens", "prompts", "rows", "saliency_keys", "sample_draws", "grad_rows"}
 
     def dtype(name: str) -> torch.dtype:
         if name.endswith("sketch"):
             return torch.int32
+        if name in _SAMPLES:
+            return torch.float32
         return torch.int64 if name in counts else torch.float64
 
     return {field.name: (dtype(field.name), sizes[field.name]) for field in fields(LayerStatistics)}
@@ -104,6 +119,7 @@ def layout(shape: LayerShape) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def empty(shape: LayerShape, device: torch.device | str = "cpu") -> LayerStatistics:
     """Statistics of no token at all: the neutral element of `merged`."""
     start = dict.fromkeys(_MINIMA, torch.inf) | dict.fromkeys(_MAXIMA, -torch.inf)
+    start["sample_draws"] = _NOT_DRAWN
     return LayerStatistics(
         **{
             name: torch.full(size, start.get(name, 0), dtype=dtype, device=device)
@@ -128,9 +144,20 @@ def from_tensors(shape: LayerShape, tensors: Mapping[str, Tensor], where: str) -
 
 def merged(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
     """The statistics of the tokens of both. Commutative; associative up to float64 rounding."""
-    pairs = {name: (x, b.tensors()[name]) for name, x in a.tensors().items()}
+    samples = _least_drawn(
+        *(torch.cat([getattr(x, name) for x in (a, b)]) for name in ("sample_draws", *_SAMPLES))
+    )
+    pairs = {name: (x, b.tensors()[name]) for name, x in a.tensors().items() if name not in samples}
     combine = dict.fromkeys(_MINIMA, torch.minimum) | dict.fromkeys(_MAXIMA, torch.maximum)
-    return LayerStatistics(**{name: combine.get(name, torch.add)(x, y) for name, (x, y) in pairs.items()})
+    sums = {name: combine.get(name, torch.add)(x, y) for name, (x, y) in pairs.items()}
+    return LayerStatistics(**sums, **samples)
+
+
+def _least_drawn(draws: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """The SAMPLED tokens with the least draws: a uniform sample, whatever the order in which parts came."""
+    draws, order = draws.sort(stable=True)
+    order = order[:SAMPLED]
+    return {"sample_draws": draws[:SAMPLED], "k_sample": k[order], "v_sample": v[order]}
 
 
 def add_prompt(
@@ -143,17 +170,19 @@ def add_prompt(
     visible: Tensor | None,
     sinks: Tensor | None,
     probes: Tensor,
+    draws: Tensor,
     skip_first: int,
 ) -> None:
     """Add one prompt of T ≥ 1 tokens, without padding, to `statistics` in place.
 
     q [Hq, T, D], k [H, T, D], v [H, T, E] of any float dtype; `visible` [T, T] bool, True where a query may
     attend to a key (None: causal, within the layer's window); `sinks` [Hq] attention-sink logits or None;
-    `probes`: sorted row indices int64. Nothing depends on other prompts, so sums do not depend on how prompts
-    are batched.
+    `probes`: sorted row indices int64; `draws` [T] int64: random numbers of the tokens. Nothing depends on other
+    prompts, so sums do not depend on how prompts are batched.
     """
     queries = q.unflatten(0, (shape.kv_heads, shape.group))  # [H, group, T, D]
     _add_moments(statistics, queries[:, :, skip_first:], k[:, skip_first:], v[:, skip_first:])
+    _add_samples(statistics, draws[skip_first:], k[:, skip_first:], v[:, skip_first:])
     _add_think(statistics, queries[:, :, -THINK_WINDOW:], k)
     attention, seen = _probe_attention(shape, queries, k, visible=visible, sinks=sinks, probes=probes)
     _add_attention(statistics, attention, seen, probes)
@@ -175,6 +204,26 @@ def _add_moments(statistics: LayerStatistics, queries: Tensor, k: Tensor, v: Ten
         torch.minimum(minimum, rows.amin(1).double(), out=minimum)
         torch.maximum(maximum, rows.amax(1).double(), out=maximum)
         sketch.add(getattr(statistics, f"{name}_sketch"), rows)
+
+
+def _add_samples(statistics: LayerStatistics, draws: Tensor, k: Tensor, v: Tensor) -> None:
+    """Keep those of k, v [H, T, …] that drew less than what is kept."""
+    held = statistics.tensors()
+    here = draws < held["sample_draws"][-1]
+    if bool(here.any()):
+        new = draws[here], *(x[:, here].transpose(0, 1).float() for x in (k, v))
+        names = ("sample_draws", *_SAMPLES)
+        kept = _least_drawn(
+            *(torch.cat([held[name], x.to(held[name].device)]) for name, x in zip(names, new))
+        )
+        for name, tensor in kept.items():
+            held[name].copy_(tensor)
+
+
+def token_draws(length: int, prompt_id: str) -> Tensor:
+    """Random numbers of a prompt's tokens, [length] int64: the same for the same prompt."""
+    generator = torch.Generator().manual_seed(random.Random(prompt_id).getrandbits(62))
+    return torch.randint(_NOT_DRAWN, (length,), generator=generator)
 
 
 def _add_think(statistics: LayerStatistics, queries: Tensor, k: Tensor) -> None:

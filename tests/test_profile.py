@@ -42,13 +42,19 @@ def prompt(shape: LayerShape, length: int, seed: int, dtype: torch.dtype = torch
     return draw(shape.q_heads, shape.head_dim), *kv
 
 
+def name_of(k: torch.Tensor) -> str:
+    """Another one for every prompt: samples are drawn by it."""
+    return repr(k.double().flatten()[:8].tolist())
+
+
 def measured(shape: LayerShape, prompts: list[Prompt], **options: torch.Tensor | None) -> LayerStatistics:
     """Statistics of prompts whose probe rows are drawn by their index."""
     held = statistics.empty(shape)
     for i, (q, k, v) in enumerate(prompts):
         probes = torch.tensor(statistics.probe_rows(q.shape[1], f"prompt {i}"))
         extra = {"visible": None, "sinks": None} | options
-        statistics.add_prompt(held, shape, q, k, v, probes=probes, skip_first=SKIP, **extra)
+        draws = statistics.token_draws(q.shape[1], name_of(k))
+        statistics.add_prompt(held, shape, q, k, v, probes=probes, draws=draws, skip_first=SKIP, **extra)
     return held
 
 
@@ -60,7 +66,7 @@ def naive(
     out = {
         name: np.zeros([int(n) for n in size])
         for name, (_, size) in statistics.layout(shape).items()
-        if "sketch" not in name
+        if not name.endswith(("sketch", "sample", "draws", "grad")) and name != "grad_rows"
     }
     for name in ("k_min", "v_min"):
         out[name][:] = np.inf
@@ -282,7 +288,7 @@ def test_merging_equals_one_measurement_of_both() -> None:
         ),
         ({"model": MODEL.model_copy(update={"tokenizer_digest": "sha256:x"})}, "tokenizer differs"),
         ({"model": MODEL.model_copy(update={"dtype": "float16"})}, "dtype differs: float32 and float16"),
-        ({"statistics_version": 2}, "statistics version differs: 1 and 2"),
+        ({"statistics_version": 3}, "statistics version differs: 2 and 3"),
         ({"skip_first": 4}, "skip_first differs: 16 and 4"),
         ({"shapes": (GQA, replace(GQA, scale=1.0))}, "layer shapes differ"),
         ({"prompts": ("0000000000000001",)}, "1 prompts are in both and would count twice"),
@@ -420,7 +426,7 @@ def test_damaged_profiles_are_refused_with_one_line(tmp_path: Path) -> None:
             Profile.load(tmp_path)
 
     tensors = {"file": "statistics-0123456789abcdef.safetensors", "sha256": "0" * 64}
-    damaged("schema 2 with statistics 1; this kvcc reads schema 1", schema_version=2, novelty=1)
+    damaged("schema 2 with statistics 2; this kvcc reads schema 1", schema_version=2, novelty=1)
     damaged("schema 1 with statistics 9.*calibrate again", statistics_version=9)
     damaged("novelty: Extra inputs are not permitted", novelty=1)
     damaged("skip_first: Input should be greater than or equal to 0", skip_first=-1)
@@ -501,3 +507,38 @@ def test_summary_measures_what_it_says() -> None:
     assert row["think_top_half"] == pytest.approx(90 / 100)
     assert row["k_max_abs"] == 9
     assert row["mass_sinks"] + row["mass_middle"] + row["mass_recent"] == pytest.approx(1)
+
+
+# ---------------------------------------------------------------------------- sampled tokens
+
+
+def test_samples_are_the_tokens_that_drew_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever order prompts and parts come in, and with their keys and values."""
+    monkeypatch.setattr(statistics, "SAMPLED", 8)
+    prompts = [prompt(GQA, length, seed) for seed, length in enumerate((5, 30, 17, 9))]
+    whole = measured(GQA, prompts)
+    drawn = []
+    for _, k, v in prompts:
+        draws = statistics.token_draws(k.shape[1], name_of(k))
+        drawn += [(int(draws[t]), k[:, t], v[:, t]) for t in range(SKIP, k.shape[1])]
+    drawn.sort(key=lambda one: one[0])
+    assert whole.sample_draws.tolist() == [draw for draw, _, _ in drawn[:8]]
+    assert torch.equal(whole.k_sample, torch.stack([k for _, k, _ in drawn[:8]]))
+    assert torch.equal(whole.v_sample, torch.stack([v for _, _, v in drawn[:8]]))
+    parts = []
+    for each in prompts:
+        held = statistics.empty(GQA)
+        draws = statistics.token_draws(each[1].shape[1], name_of(each[1]))
+        statistics._add_samples(held, draws[SKIP:], each[1][:, SKIP:], each[2][:, SKIP:])
+        parts.append(held)
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
+        found = statistics.empty(GQA)
+        for i in order:
+            found = statistics.merged(found, parts[i])
+        for name in ("sample_draws", "k_sample", "v_sample"):
+            assert torch.equal(getattr(found, name), getattr(whole, name))
+
+
+def test_few_tokens_are_all_sampled() -> None:
+    held = measured(GQA, [prompt(GQA, SKIP + 3, 0)])
+    assert (held.sample_draws < 2**63 - 1).sum() == 3

@@ -43,6 +43,11 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
     help="First tokens of a prompt that means and covariances leave out.",
 )
 @click.option(
+    "--gradients",
+    is_flag=True,
+    help="Also measure what errors in keys and values cost (three times the time).",
+)
+@click.option(
     "--save-every",
     default=30.0,
     show_default=True,
