@@ -1,0 +1,176 @@
+"""kvcc plan: find the recipe that loses least within a budget."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from kvcc.cli._console import json_option, out, print_json, progress
+from kvcc.errors import DataError
+
+if TYPE_CHECKING:
+    from kvcc.planner import Goal, Measured, Search
+
+
+@click.command("plan")
+@click.argument("model")
+@click.option(
+    "--profile",
+    "-p",
+    type=click.Path(path_type=Path),
+    help="Calibration profile (kvcc calibrate --gradients).",
+)
+@click.option(
+    "--budget", metavar="RATIO", help="How many times smaller than fp16 pages shall be, such as 4x."
+)
+@click.option("--bytes-per-token", type=click.FloatRange(1), help="The same in bytes of a token, all layers.")
+@click.option(
+    "--max-kl", type=click.FloatRange(0, min_open=True), help="Or: the fewest bytes within this KL, in nats."
+)
+@click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="plan.json to write.")
+@click.option(
+    "--recipe",
+    "recipe_file",
+    type=click.Path(path_type=Path),
+    help="Also write the winner's recipe, for export.",
+)
+@click.option("--plot", type=click.Path(path_type=Path), help="Also draw bits against KL, as .svg.")
+@click.option("--texts", default=2, show_default=True, type=click.IntRange(1), help="Texts of each kind.")
+@click.option(
+    "--tokens", default=256, show_default=True, type=click.IntRange(8), help="Predictions of a text."
+)
+@click.option(
+    "--context", default=1024, show_default=True, type=click.IntRange(64), help="Tokens before them."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Draws the texts.")
+@click.option(
+    "--dtype", default="float32", type=click.Choice(["float32", "bfloat16", "float16"]), show_default=True
+)
+@click.option("--resume", is_flag=True, help="Keep what an interrupted run has measured.")
+@json_option
+def command(
+    model: str,
+    profile: Path | None,
+    budget: str | None,
+    bytes_per_token: float | None,
+    max_kl: float | None,
+    output: Path,
+    recipe_file: Path | None,
+    plot: Path | None,
+    dtype: str,
+    resume: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Measure recipes on MODEL through the real cache, and choose one that meets a budget."""
+    if sum(given is not None for given in (budget, bytes_per_token, max_kl)) != 1:
+        raise click.UsageError("give one of --budget, --bytes-per-token and --max-kl")
+    ratio = ratio_of(budget) if budget is not None else None
+    from kvcc.frontend import load_model
+    from kvcc.planner import search
+    from kvcc.profile import Profile
+
+    statistics = Profile.load(profile) if profile else None
+    loaded = load_model(model, dtype)
+    goal = goal_of(loaded, ratio, bytes_per_token, max_kl)
+    state = output.with_name(f"{output.name}.partial")
+    if not resume:
+        state.unlink(missing_ok=True)
+    with progress(as_json) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        found = search(loaded, statistics, goal, state=state, on_progress=advance, **options)
+    save(found, output, recipe_file, plot)
+    state.unlink(missing_ok=True)
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        show(found, loaded.identity.name)
+
+
+def ratio_of(text: str) -> float:
+    """4.0 for 4x or 4. Raises UsageError."""
+    try:
+        ratio = float(text.lower().removesuffix("x"))
+    except ValueError:
+        ratio = 0.0
+    if ratio <= 0:
+        raise click.UsageError(f"--budget {text}: give a ratio to fp16, such as 4x")
+    return ratio
+
+
+def goal_of(loaded: Any, ratio: float | None, bytes_per_token: float | None, max_kl: float | None) -> "Goal":
+    """The goal in bits per element. Raises DataError for a budget that nothing could meet."""
+    from kvcc.frontend import capture
+    from kvcc.passes import Windows, start
+    from kvcc.planner import Goal
+
+    if max_kl is not None:
+        return Goal(kl=max_kl)
+    if ratio is not None:
+        return Goal(bits=16 / ratio)
+    plain = start(capture(loaded), None, Windows()).plan.uncompressed_bytes_per_token()
+    if not plain:
+        raise DataError(f"{loaded.identity.name} has sliding windows only: its cache does not grow")
+    assert bytes_per_token is not None
+    return Goal(bits=16 * bytes_per_token / plain)
+
+
+def save(found: "Search", output: Path, recipe: Path | None, plot: Path | None) -> None:
+    """Write plan.json and what else was asked for. Raises DataError where that is not possible."""
+    import json
+
+    from kvcc.profile import write_atomically
+
+    files = {output: json.dumps(found.as_dict(), indent=2)}
+    if recipe is not None:
+        files[recipe] = f"name: {recipe.stem}\n{found.winner.recipe}"
+    if plot is not None:
+        files[plot] = drawn(found)
+    for path, text in files.items():
+        try:
+            write_atomically(path, f"{text}\n".encode())
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def drawn(found: "Search") -> str:
+    """An SVG of the front and of everything that was measured."""
+    from kvcc.charts import Line, lines
+
+    front = sorted((m.bits, m.kl) for m in found.front)
+    dots = [Line(row(m)[0], ((m.bits, m.kl),), quiet=m not in found.front) for m in found.measured]
+    return lines(
+        [Line("front", tuple(front)), *dots],
+        title="KL to the uncompressed model against bits per element",
+        x_label="bits per element",
+        y_label="KL, nats per token",
+        log=True,
+        named=True,
+    )
+
+
+def show(found: "Search", model: str) -> None:
+    """The front as a table, the winner marked."""
+    table = Table(title=f"{model}: recipes that no other beats")
+    for column in ("", "recipe", "bits", "bytes per token", "KL"):
+        table.add_column(column, justify="left" if column in ("", "recipe") else "right")
+    for each in found.front:
+        table.add_row("*" if each.recipe == found.winner.recipe else "", *row(each))
+    out.print(table)
+    out.print("chosen, measured again on other texts:")
+    name, bits, size, kl = row(found.winner)
+    out.print(f"  {name}: {bits} bits per element, {size} bytes per token, KL {kl}")
+
+
+def row(each: "Measured") -> tuple[str, str, str, str]:
+    """Recipe, bits, bytes and KL of one measurement."""
+    name = each.recipe.split("passes:")[1].strip().removeprefix("- ")
+    return escape(name), f"{each.bits:.2f}", f"{each.bytes_per_token:,.0f}", f"{each.kl:.4f}"

@@ -1,0 +1,249 @@
+"""The planner: which recipe loses least within a budget of bytes, found by measuring through the real cache.
+
+Bits of layers and channels are given by the transform pass, additively, in one currency (kvcc.transform_coding). What
+is left is a choice between a few dozen recipes, too unlike each other for a formula: they are compiled in memory and
+measured, and the best ones again on other texts.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcc.calibration import encode_sets
+from kvcc.calibration_data import load_prompts
+from kvcc.checking import uncompressed
+from kvcc.errors import DataError, KvccError
+from kvcc.frontend import LoadedModel, capture
+from kvcc.graph import Graph
+from kvcc.kernels import backend as kernel_backend
+from kvcc.pipeline import run_passes
+from kvcc.profile import Profile, write_atomically
+from kvcc.recipe import parse_recipe
+from kvcc.runtime import CompiledModel
+from kvcc.runtime.fuse import fuse
+
+DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
+CHUNK = 64  # tokens appended at once while measuring
+FINALISTS = 3
+WINDOWS = "windows: {dtype: half}\n"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What to look for: the least divergence within `bits` per element, or the least bits within `kl` nats."""
+
+    bits: float | None = None  # metadata included, windows not
+    kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One recipe through the real cache: mean KL(model || compressed) over all texts, in nats a token."""
+
+    recipe: str  # YAML
+    bits: float  # per element, metadata included
+    bytes_per_token: float
+    kl: float
+    by_kind: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What was found. `front`: measured recipes that no other beats in bits and KL, by falling bits."""
+
+    goal: Goal
+    winner: Measured
+    front: tuple[Measured, ...]
+    measured: tuple[Measured, ...]
+    refused: dict[str, str]  # recipes that do not apply to this model, and why
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+def candidates(goal: Goal, profile: Profile | None) -> list[str]:
+    """Recipes worth measuring, as YAML, in a fixed order: published methods, and transforms at the goal's bits."""
+    budgets = [goal.bits] if goal.bits is not None else [1.5, 2.0, 2.5, 3.0, 3.5, 4.25, 5.25, 6.25]
+    fixed = [
+        "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
+        "kivi: {k_bits: 2, v_bits: 2, group_size: 32}",
+        "kivi: {k_bits: 3, v_bits: 3, group_size: 64}",
+        "kivi: {k_bits: 4, v_bits: 4, group_size: 64}",
+        "kivi: {k_bits: 4, v_bits: 4, group_size: 32}",
+        "kivi: {k_bits: 8, v_bits: 8, group_size: 64}",
+        "hadamard: {k_bits: 3, v_bits: 3}",
+        "hadamard: {k_bits: 4, v_bits: 4}",
+    ]
+    if profile is not None:
+        fixed += ["kitty: {boosted: 0.125}", "kitty: {boosted: 0.25}"]
+        for bits in budgets:
+            for basis in ("pca", "dual", "native"):
+                for scales in ("true", "false"):
+                    options = f"bits: {bits:g}, k_basis: {basis}, v_basis: {basis}, token_scales: {scales}"
+                    fixed.append(f"transform: {{{options}}}")
+    return [f"{WINDOWS}passes:\n  - {line}\n" for line in fixed]
+
+
+def search(
+    loaded: LoadedModel,
+    profile: Profile | None,
+    goal: Goal,
+    *,
+    recipes: Iterable[str] | None = None,
+    texts: int = 2,
+    context: int = 1024,
+    tokens: int = 256,
+    seed: int = 0,
+    state: Path | None = None,
+    on_progress: Progress | None = None,
+) -> Search:
+    """Measure candidates (`recipes`, or those of `candidates`) and choose.
+
+    `texts` of each kind of DATA, predictions of `tokens` tokens after `context` ones; finalists are measured on as
+    many others. With `state`, measurements are kept in that file and taken from it. Deterministic for a seed. Raises
+    DataError when nothing meets the goal.
+    """
+    report = on_progress or (lambda what, done, total: None)
+    graph = capture(loaded)
+    bench = _Bench(loaded, profile, graph, texts, context, tokens, seed, state)
+    wanted = list(recipes) if recipes is not None else candidates(goal, profile)
+    measured, refused = [], {}
+    for number, recipe in enumerate(wanted):
+        report("measuring recipes", number, len(wanted))
+        try:
+            found = bench.measure(recipe, goal, first=0)
+        except KvccError as error:
+            refused[recipe] = str(error)
+            continue
+        if found is not None:
+            measured.append(found)
+    report("measuring recipes", len(wanted), len(wanted))
+    fitting = sorted((m for m in measured if _fits(m, goal)), key=lambda m: _rank(m, goal))
+    if not fitting:
+        least = min(measured, key=lambda m: (m.bits, m.kl), default=None)
+        closest = (
+            f"; the smallest that was measured has {least.bits:.2f} bits and KL {least.kl:.3g}"
+            if least
+            else ""
+        )
+        raise DataError(f"no recipe meets the goal{closest}; allow more bytes or a larger KL")
+    finals = []
+    for number, each in enumerate(fitting[:FINALISTS]):
+        report("verifying", number, min(FINALISTS, len(fitting)))
+        again = bench.measure(each.recipe, goal, first=texts)
+        assert again is not None
+        finals.append(again)
+    report("verifying", len(finals), len(finals))
+    verified = [m for m in finals if _fits(m, goal)] or finals
+    winner = min(verified, key=lambda m: _rank(m, goal))
+    return Search(goal, winner, pareto(measured), tuple(measured), refused)
+
+
+def pareto(measured: Sequence[Measured]) -> tuple[Measured, ...]:
+    """Those that no other beats in one of bits and KL without losing in the other, by falling bits."""
+    front: list[Measured] = []
+    for each in sorted(measured, key=lambda m: (m.bits, m.kl)):
+        if not front or each.kl < front[-1].kl:
+            front.append(each)
+    return tuple(reversed(front))
+
+
+def _fits(found: Measured, goal: Goal) -> bool:
+    return (goal.bits is None or found.bits <= goal.bits + 1e-9) and (goal.kl is None or found.kl <= goal.kl)
+
+
+def _rank(found: Measured, goal: Goal) -> tuple[float, float]:
+    return (found.kl, found.bits) if goal.bits is not None else (found.bits, found.kl)
+
+
+class _Bench:
+    """Texts, what the model predicts on them, and the measurements that were made."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        profile: Profile | None,
+        graph: Graph,
+        texts: int,
+        context: int,
+        tokens: int,
+        seed: int,
+        state: Path | None,
+    ) -> None:
+        from kvcc.frontend import runtime_tokenizer
+
+        self.profile, self.graph, self.context, self.texts = profile, graph, context, texts
+        length = context + tokens
+        prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
+        sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)
+        self.ids = {each.name: [list(p.ids) for p in each.prompts if len(p.ids) == length] for each in sets}
+        reference = uncompressed(loaded, None, graph)
+        self.expected = {
+            name: [self._logits(reference, ids) for ids in rows[: 2 * texts]]
+            for name, rows in self.ids.items()
+        }
+        self.state = state
+        about = [
+            loaded.identity.digest,
+            context,
+            tokens,
+            texts,
+            seed,
+            [] if profile is None else profile.prompts,
+        ]
+        self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self.known: dict[str, Any] = {}
+        if state is not None and state.is_file():
+            held = json.loads(state.read_text())
+            self.known = held["measured"] if held.get("key") == self.key else {}
+
+    def measure(self, recipe: str, goal: Goal, first: int) -> Measured | None:
+        """A recipe on texts `first` … `first + texts` of each kind; None where its plan is beyond the goal's bits."""
+        key = f"{first} {recipe}"
+        if key not in self.known:
+            found = self._measure(recipe, goal, first)
+            if found is None:
+                return None
+            self.known[key] = asdict(found)
+            if self.state is not None:
+                held = {"key": self.key, "measured": self.known}
+                write_atomically(self.state, json.dumps(held, indent=1).encode())
+        return Measured(**self.known[key])
+
+    def _measure(self, recipe: str, goal: Goal, first: int) -> Measured | None:
+        made = run_passes(self.graph, self.profile, parse_recipe(recipe, "plan"))
+        if goal.bits is not None and made.plan.bits_per_element() > goal.bits + 1e-9:
+            return None
+        device = torch.device("cpu")
+        model = CompiledModel(
+            *(self.graph.model, "plan", made.plan, fuse(made.module), made.tables, None),
+            *(kernel_backend("auto", device), device),
+        )
+        kinds = {}
+        for name, rows in self.ids.items():
+            some = slice(first, first + self.texts)
+            pairs = zip(rows[some], self.expected[name][some])
+            losses = [_divergence(expected, self._logits(model, ids)) for ids, expected in pairs]
+            kinds[name] = sum(losses) / len(losses)
+        plan = made.plan
+        mean = sum(kinds.values()) / len(kinds)
+        return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds)
+
+    def _logits(self, model: CompiledModel, ids: list[int]) -> Tensor:
+        """Logits after `context` tokens and each of those behind them, which are appended in chunks."""
+        cache = model.new_cache(1)
+        head = model.forward([ids[: self.context]], cache)
+        rest = model.forward([ids[self.context : -1]], cache, chunk=CHUNK, every=True)
+        return torch.cat([head, rest]).float().log_softmax(-1)
+
+
+def _divergence(expected: Tensor, found: Tensor) -> float:
+    return float((expected.exp() * (expected - found)).sum(-1).mean())

@@ -1,0 +1,107 @@
+"""The planner: what it measures, what it chooses, and what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from kvcc.cli import cli
+from kvcc.errors import DataError
+from kvcc.frontend import LoadedModel, load_model
+from kvcc.planner import Goal, Measured, candidates, pareto, search
+from tests.saved import save_tiny_llama
+
+SMALL = {"texts": 1, "context": 96, "tokens": 32}
+WINDOWS = "windows: {sinks: 2, recent: 8, page: 8}\n"
+RECIPES = [
+    f"{WINDOWS}passes:\n  - kivi: {{k_bits: {bits}, v_bits: {bits}, group_size: 8}}\n" for bits in (2, 4, 8)
+]
+BROKEN = f"{WINDOWS}passes:\n  - kivi: {{group_size: 48}}\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> LoadedModel:
+    return load_model(str(folder), "float32")
+
+
+def measured(bits: float, kl: float) -> Measured:
+    return Measured(f"{bits} {kl}", bits, 0.0, kl, {})
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    points = [measured(*p) for p in ((2, 0.5), (3, 0.1), (3, 0.2), (4, 0.1), (5, 0.01), (2.5, 0.6))]
+    assert [(m.bits, m.kl) for m in pareto(points)] == [(5, 0.01), (3, 0.1), (2, 0.5)]
+
+
+def test_candidates_follow_the_goal() -> None:
+    assert not any("transform" in c for c in candidates(Goal(bits=4), None))
+    assert candidates(Goal(bits=4), None) == candidates(Goal(bits=4), None)
+
+
+def test_a_budget_takes_the_least_divergence(loaded: LoadedModel, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    found = search(loaded, None, Goal(bits=8.5), recipes=[*RECIPES, BROKEN], state=state, **SMALL)
+    assert {round(m.bits) for m in found.measured} == {6, 8}  # groups of 8 cost four bits; 12 are too many
+    assert found.winner.bits <= 8.5
+    assert found.winner.kl == min(m.kl for m in (found.winner,))
+    assert "4" in found.winner.recipe
+    (reason,) = found.refused.values()
+    assert "48" in reason
+    again = search(loaded, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL)
+    assert again.winner == found.winner
+    kept = json.loads(state.read_text())
+    kept["measured"] = {k: v | {"kl": 7.0} for k, v in kept["measured"].items()}
+    state.write_text(json.dumps(kept))
+    assert search(loaded, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL).winner.kl == 7.0
+
+
+def test_a_divergence_takes_the_fewest_bits(loaded: LoadedModel) -> None:
+    everything = search(loaded, None, Goal(bits=20), recipes=RECIPES, **SMALL)
+    by_bits = sorted(everything.measured, key=lambda m: m.bits)
+    bound = (by_bits[0].kl + by_bits[1].kl) / 2
+    found = search(loaded, None, Goal(kl=bound), recipes=RECIPES, **SMALL)
+    assert all(m.kl <= bound for m in found.measured if m.recipe == found.winner.recipe)
+
+
+def test_goals_that_nothing_meets_say_what_came_closest(loaded: LoadedModel) -> None:
+    with pytest.raises(DataError, match="no recipe meets the goal"):
+        search(loaded, None, Goal(bits=1), recipes=RECIPES, **SMALL)
+    with pytest.raises(DataError, match=r"smallest that was measured has 6\.00 bits"):
+        search(loaded, None, Goal(kl=1e-9), recipes=RECIPES[:1], **SMALL)
+
+
+def test_the_command_writes_plan_recipe_and_plot(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcc.planner.candidates", lambda goal, profile: RECIPES)
+    files = {name: tmp_path / name for name in ("plan.json", "best.yaml", "plan.svg")}
+    command = ["plan", str(folder), "--budget", "1.9x", "-o", str(files["plan.json"]), "--json"]
+    command += ["--recipe", str(files["best.yaml"]), "--plot", str(files["plan.svg"])]
+    done = CliRunner().invoke(cli, [*command, "--texts", "1", "--context", "96", "--tokens", "32"])
+    assert done.exit_code == 0, done.output
+    plan = json.loads(files["plan.json"].read_text())
+    assert plan["goal"]["bits"] == pytest.approx(16 / 1.9)
+    assert files["plan.svg"].read_text().startswith("<svg")
+    assert not (tmp_path / "plan.json.partial").exists()
+    made = CliRunner().invoke(
+        cli, ["export", str(folder), "-r", str(files["best.yaml"]), "-o", str(tmp_path / "a.kvcc"), "--json"]
+    )
+    assert made.exit_code == 0, made.output
+    assert json.loads(made.stdout)["bits_per_element"] == pytest.approx(plan["winner"]["bits"])
+
+
+@pytest.mark.parametrize("options", [[], ["--budget", "fast"], ["--budget", "4x", "--max-kl", "0.1"]])
+def test_unclear_goals_are_refused(options: list[str], tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["plan", "nowhere", "-o", str(tmp_path / "p.json"), *options])
+    assert done.exit_code == 2
+
+
+def test_measurements_are_plain_data() -> None:
+    assert replace(measured(2, 0.5), kl=0.1).kl == 0.1
