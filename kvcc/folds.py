@@ -89,12 +89,18 @@ def output_side(compilation: Compilation, index: int) -> Projection:
 
 
 def fold_value_map(
-    compilation: Compilation, v: Projection, out: Projection, mean: Tensor, basis: Tensor
+    compilation: Compilation,
+    v: Projection,
+    out: Projection,
+    mean: Tensor,
+    basis: Tensor,
+    inverse: Tensor | None = None,
 ) -> None:
     """Rewrite W_v, b_v, W_o, b_o so that attention sees V' = (V - mean) @ basis.
 
-    mean: [Hkv, D], basis: [Hkv, D, D] orthogonal; all arithmetic in float64.
+    mean: [Hkv, D]; basis: [Hkv, D, D], orthogonal unless its inverse is given; all arithmetic in float64.
     """
+    back = basis if inverse is None else inverse.mT
     module = compilation.graph.module
     w = attribute(module, v.weight).double().clone()
     b = (
@@ -117,7 +123,7 @@ def fold_value_map(
     group = len(out.index) // len(v.index)
     columns = wo[:, out.index]  # [hidden, Hq, D]
     bo = bo + torch.einsum("ohd,hd->o", columns, mean.repeat_interleave(group, 0))
-    wo[:, out.index] = torch.einsum("ohd,hde->ohe", columns, basis.repeat_interleave(group, 0))
+    wo[:, out.index] = torch.einsum("ohd,hde->ohe", columns, back.repeat_interleave(group, 0))
     set_linear(module, out.linear, wo, bo if out.bias is not None or bool(mean.any()) else None)
 
 

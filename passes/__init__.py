@@ -11,6 +11,9 @@ REGISTRY: dict[str, str] = {  # name -> module:class
     "fold-values": "kvcc.passes.fold_values:FoldValues",
     "think": "kvcc.passes.think:Think",
     "kivi": "kvcc.passes.kivi:Kivi",
+    "kitty": "kvcc.passes.kitty:Kitty",
+    "hadamard": "kvcc.passes.hadamard:Hadamard",
+    "transform": "kvcc.passes.transform:Transform",
 }
 
 

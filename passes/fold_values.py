@@ -10,6 +10,7 @@ from kvcc.errors import PassError
 from kvcc.folds import fold_value_map, output_side, value_projection
 from kvcc.passes.contract import Compilation, Pass
 from kvcc.surgery import tidy
+from kvcc.transform_coding import hadamard
 
 
 class FoldValues(Pass):
@@ -56,21 +57,3 @@ class FoldValues(Pass):
         if self.basis == "hadamard":
             return hadamard(plan.v_dim, index).expand(plan.kv_heads, -1, -1)
         return torch.eye(plan.v_dim, dtype=torch.float64).expand(plan.kv_heads, -1, -1)
-
-
-def hadamard(size: int, seed: int) -> Tensor:
-    """A randomised orthogonal Hadamard matrix [size, size], float64; size = 2^n times an odd factor.
-
-    The odd factor takes a random orthogonal block (there is no Hadamard matrix of most odd orders).
-    """
-    generator = torch.Generator().manual_seed(seed)
-    odd = size
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while odd % 2 == 0:
-        odd //= 2
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0) / 2**0.5
-    if odd > 1:
-        block = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator)).Q
-        matrix = torch.kron(matrix.contiguous(), block.contiguous())
-    signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
-    return matrix * signs[:, None]

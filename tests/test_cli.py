@@ -13,7 +13,19 @@ from kvcc.kernels import BACKENDS
 from kvcc.passes import REGISTRY
 from kvcc.recipe import shipped
 
-COMMANDS = {"bench", "calibrate", "check", "demo", "env", "export", "inspect", "profile", "recipes", "run"}
+COMMANDS = {
+    "bench",
+    "calibrate",
+    "check",
+    "demo",
+    "env",
+    "export",
+    "inspect",
+    "plan",
+    "profile",
+    "recipes",
+    "run",
+}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 from kvcc.errors import PassError
 from kvcc.graph import attention_nodes, attention_spec
 from kvcc.passes import REGISTRY, pass_class
-from kvcc.passes.fold_values import hadamard
 from kvcc.pipeline import run_passes
 from kvcc.surgery import input_projection, output_projection
+from kvcc.transform_coding import hadamard
 from tests.compiled import compiled, recipe, runnable, stepwise, tiny_profile, tokens, transformers_logits
 from tests.tiny import ARCHITECTURES, tiny_graph
 
@@ -26,6 +26,13 @@ SETTINGS = {
         "{keep_ratio: 0.5, mode: fold, score: centred}",
         "{keep_ratio: 0.6, score: centred, allocation: global}",
         "{keep_ratio: 0.6, value_keep_ratio: 0.5}",
+    ],
+    "kitty": ["{group_size: 8}"],
+    "hadamard": ["{group_size: 16}", "{k_bits: 8, v_bits: 8, group_size: 8}"],
+    "transform": [
+        "{bits: 3}",
+        "{bits: 2, k_basis: dual, v_basis: dual, token_scales: false}",
+        "{bits: 8.5, k_basis: hadamard, v_basis: native}",
     ],
     "fold-values": ["{}", "{mean: false, basis: hadamard}", "{basis: pca}"],
 }

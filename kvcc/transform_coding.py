@@ -1,0 +1,159 @@
+"""Transform coding of cached keys and values: bases, steps, and bits given to channels by what their errors cost.
+
+The cost of an error δ in a token's key or value is ½ δᵀ M δ nats, M the metric: the Fisher information where the
+profile has gradients (kvcc.sensitivity). A basis decorrelates channels; each channel then gets the step at which codes
+of some width lose least, measured on sampled tokens; and widths go where a bit gains most (greedy marginal gain, which
+is exact for convex curves; Shoham & Gersho, 1988). Everything is float64 and by KV head.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Basis = Literal["native", "hadamard", "pca", "dual"]
+
+WIDTHS = (0, 1, 2, 3, 4, 8)
+QUANTUM = 8  # channels that share a width: what a packed run of values must be a multiple of
+RANGES = 1.5 * 1.11 ** torch.arange(
+    32, dtype=torch.float64
+)  # candidates for all steps together, in deviations
+
+
+@dataclass(frozen=True)
+class Coder:
+    """One side (K or V) of a layer in its basis: x' = (x - mean) @ forward, x = x' @ inverse + mean.
+
+    Channels are in order of falling cost. steps and cost are for each of WIDTHS.
+    """
+
+    mean: Tensor  # [H, D]
+    forward: Tensor  # [H, D, D]
+    inverse: Tensor  # [H, D, D]
+    steps: Tensor  # [H, D, W]
+    cost: Tensor  # [H, D, W] nats a token
+
+
+def basis_of(kind: Basis, covariance: Tensor, metric: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """forward, inverse [H, D, D]. `dual`: uncorrelated channels whose errors add up under the metric, too."""
+    heads, size, _ = covariance.shape
+    if kind == "pca":
+        forward = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
+        return forward, forward.mT
+    if kind == "dual":
+        root, back = _power(metric, 0.5), _power(metric, -0.5)
+        turn = torch.linalg.eigh(root @ covariance @ root).eigenvectors.flip(-1)
+        return root @ turn, turn.mT @ back
+    one = hadamard(size, seed) if kind == "hadamard" else torch.eye(size, dtype=torch.float64)
+    forward = one.expand(heads, -1, -1)
+    return forward, forward.mT
+
+
+def _power(metric: Tensor, exponent: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(metric)
+    values = values.clamp_min(1e-9 * values.amax(-1, keepdim=True))
+    return vectors * values.pow(exponent)[:, None] @ vectors.mT
+
+
+def shrunk(metric: Tensor, share: float) -> Tensor:
+    """A metric [H, D, D] drawn towards a multiple of the identity, against what few tokens make of it."""
+    mean = metric.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    return (1 - share) * metric + share * mean * torch.eye(metric.shape[-1], dtype=metric.dtype)
+
+
+def coder(
+    samples: Tensor, mean: Tensor, covariance: Tensor, metric: Tensor, kind: Basis, *, scaled: bool, seed: int
+) -> Coder:
+    """Fit one side of a layer: samples [H, S, D], mean [H, D], covariance and metric [H, D, D].
+
+    `scaled`: tokens will have scales of their own.
+    """
+    forward, inverse = basis_of(kind, covariance, metric, seed)
+    x = (samples.double() - mean[:, None]) @ forward
+    weight = torch.einsum("hcd,hde,hce->hc", inverse, metric, inverse)  # of a channel's squared error
+    order = (weight * x.square().mean(1)).argsort(-1, descending=True)
+    forward = forward.gather(-1, order[:, None].expand_as(forward))
+    inverse = inverse.gather(1, order[..., None].expand_as(inverse))
+    x, weight = x.gather(-1, order[:, None].expand_as(x)), weight.gather(-1, order)
+    scale = _scales(x) if scaled else torch.ones_like(x[..., :1])
+    steps, error = _steps(x / scale, scale)
+    return Coder(mean, forward, inverse, steps, 0.5 * weight[..., None] * error)
+
+
+def _scales(x: Tensor) -> Tensor:
+    """Scales [H, S, 1] that tokens x [H, S, D] will have, before steps are known: by their size in deviations."""
+    deviation = x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    return (x / deviation).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
+
+
+def _steps(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Best steps of x [H, S, D] for every width, and the mean squared error of x * scale with them: [H, D, W] each."""
+    deviation = x.square().mean(1).sqrt().clamp_min(1e-12)
+    weight = scale.square()
+    steps, errors = [deviation], [(x.square() * weight).mean(1)]
+    for bits in WIDTHS[1:]:
+        half = 2.0 ** (bits - 1)
+        best, chosen = torch.full_like(deviation, torch.inf), deviation
+        for span in RANGES:
+            step = span * deviation / 2**bits
+            codes = (x / step[:, None]).floor().clamp(-half, half - 1) + 0.5
+            error = ((codes * step[:, None] - x).square() * weight).mean(1)
+            chosen = torch.where(error < best, step, chosen)
+            best = torch.minimum(best, error)
+        steps.append(chosen)
+        errors.append(best)
+    return torch.stack(steps, -1), torch.stack(errors, -1)
+
+
+def give_bits(costs: Sequence[Tensor], budget: float) -> list[Tensor]:
+    """Widths, as indices into WIDTHS, of groups of channels; costs: [groups, W] tensors, one a side of a layer.
+
+    `budget` counts bits times groups. What gains most per bit comes first; jumps over widths that never pay count.
+    """
+    tables = [cost.tolist() for cost in costs]
+    chosen = [[0] * len(table) for table in tables]
+    heap: list[tuple[float, int, int, int]] = []
+
+    def offer(table: int, group: int) -> None:
+        now, curve = chosen[table][group], tables[table][group]
+        gains = [
+            ((curve[now] - curve[w]) / (WIDTHS[w] - WIDTHS[now]), -w) for w in range(now + 1, len(WIDTHS))
+        ]
+        if gains and max(gains)[0] > 0:
+            gain, width = max(gains)
+            heapq.heappush(heap, (-gain, table, group, -width))
+
+    for table, rows in enumerate(tables):
+        for group in range(len(rows)):
+            offer(table, group)
+    left = budget
+    while heap:
+        _, table, group, width = heapq.heappop(heap)
+        price = WIDTHS[width] - WIDTHS[chosen[table][group]]
+        if price > left:
+            continue  # something cheaper may still fit
+        left -= price
+        chosen[table][group] = width
+        offer(table, group)
+    return [torch.tensor(rows) for rows in chosen]
+
+
+def hadamard(size: int, seed: int) -> Tensor:
+    """A randomised orthogonal Hadamard matrix [size, size], float64; size = 2^n times an odd factor.
+
+    The odd factor takes a random orthogonal block (there is no Hadamard matrix of most odd orders).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    odd = size
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while odd % 2 == 0:
+        odd //= 2
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0) / 2**0.5
+    if odd > 1:
+        block = torch.linalg.qr(torch.randn(odd, odd, dtype=torch.float64, generator=generator)).Q
+        matrix = torch.kron(matrix.contiguous(), block.contiguous())
+    signs = torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
+    return matrix * signs[:, None]

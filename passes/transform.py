@@ -1,0 +1,178 @@
+"""Transform coding: calibrated bases, steps and bits per channel, with nothing but codes in a page."""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvcc.errors import PassError
+from kvcc.folds import fold_value_map, output_side, value_projection
+from kvcc.kernels.layout import TOKEN_SCALE_BITS, Groups, Plane, Side
+from kvcc.passes.contract import Compilation, Pass
+from kvcc.runtime.plan import HeadPlan
+from kvcc.surgery import tidy
+from kvcc.transform_coding import QUANTUM, WIDTHS, Basis, Coder, coder, give_bits, shrunk
+
+
+class Transform(Pass):
+    """K and V of sealed pages in a calibrated basis, each channel with a width and a step of its own.
+
+    The basis decorrelates channels (`pca`), so that few of them carry most of what matters; bits go where they gain
+    most, in the whole model's currency: nats, by the Fisher information of keys and values where the profile has
+    gradients (kvcc calibrate --gradients), else by errors of logits and of the layer's output. Steps are fixed by
+    calibration and folded into the basis, so a page holds codes only; `token_scales` adds four bits a token and
+    side, by which tokens with heavy tails are scaled down. V's basis and mean go into W_v, W_o and b_o; K's are
+    applied to queries and to keys that are sealed. Sinks and the recent window stay exact.
+
+    Transform coding with greedy marginal gains is classical (Huang & Schultheiss, 1963; Shoham & Gersho, 1988); compare
+    SVDq (arXiv 2502.15304), which gives bits to singular directions of K, and OSCAR (arXiv 2605.17757), whose
+    bases come from the covariances of queries and values.
+    """
+
+    name: ClassVar[str] = "transform"
+    needs_profile: ClassVar[bool] = True
+    after: ClassVar[tuple[str, ...]] = ()
+
+    bits: float = Field(2.5, gt=0.1, le=8.5, description="bits per element of K and V, token scales included")
+    k_basis: Basis = Field("pca", description="native, hadamard, pca, or dual (weighted by the metric)")
+    v_basis: Basis = Field("pca", description="the same for V")
+    token_scales: bool = Field(True, description="four bits a token and side, against heavy tails")
+    heads: Literal["shared", "own"] = Field(
+        "own",
+        description="whether the KV heads of a layer share one allocation (fewer GPU kernels) or have their own",
+    )
+    metric: Literal["auto", "fisher", "output"] = Field("auto", description="what errors cost")
+    shrinkage: float = Field(0.1, ge=0, le=1, description="of the metric towards the identity")
+
+    def apply(self, compilation: Compilation) -> None:
+        layers = compilation.paged()
+        for index in set(range(len(compilation.plan.layers))) - set(layers):
+            window = compilation.plan.layers[index].window
+            self.note(compilation, index, f"sliding window of {window} tokens stays exact", fired=False)
+        coders = [self._coders(compilation, index) for index in layers]
+        widths = self._widths(compilation, layers, coders)
+        for index, (k, v), (k_bits, v_bits) in zip(layers, coders, widths):
+            _store_keys(compilation, index, k, k_bits)
+            _fold_values(compilation, index, v, v_bits)
+            self._narrow(compilation, index, k_bits, v_bits)
+        tidy(compilation.graph.module)
+
+    def _coders(self, compilation: Compilation, index: int) -> tuple[Coder, Coder]:
+        layer, profile = compilation.plan.layers[index], compilation.need_profile(self.name)
+        if layer.k_dim % QUANTUM or layer.v_dim % QUANTUM:
+            raise PassError(
+                f"layer {index}: {layer.k_dim} K and {layer.v_dim} V channels are no multiples of {QUANTUM}; "
+                "use kivi"
+            )
+        k, v = profile.samples(index)
+        no_mean = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
+        v_mean = torch.zeros_like(profile.v_mean(index)) if no_mean else profile.v_mean(index)
+        v_cov = profile.vv(index) if no_mean else profile.v_cov(index)
+        k_metric, v_metric = (shrunk(m, self.shrinkage) for m in self._metrics(compilation, index))
+        scaled = self.token_scales
+        return (
+            coder(
+                k,
+                profile.k_mean(index),
+                profile.k_cov(index),
+                k_metric,
+                self.k_basis,
+                scaled=scaled,
+                seed=index,
+            ),
+            coder(v, v_mean, v_cov, v_metric, self.v_basis, scaled=scaled, seed=index),
+        )
+
+    def _metrics(self, compilation: Compilation, index: int) -> tuple[Tensor, Tensor]:
+        """What errors in K and V of a layer cost, [H, D, D] each."""
+        profile, layer = compilation.need_profile(self.name), compilation.plan.layers[index]
+        if self.metric == "fisher" or (self.metric == "auto" and profile.has_gradients):
+            if not profile.has_gradients:
+                raise PassError(
+                    "transform: metric fisher needs gradients in the profile; run kvcc calibrate --gradients"
+                )
+            return profile.k_fisher(index), profile.v_fisher(index)
+        spec = compilation.specs()[index]
+        # An error of a logit moves the output by about the spread of V; both relative to the layer's own output.
+        spread = profile.vv(index).diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].clamp_min(1e-12)
+        identity = torch.eye(layer.v_dim, dtype=torch.float64).expand(layer.kv_heads, -1, -1)
+        return spec.scale**2 * profile.qq(index), identity / spread
+
+    def _widths(
+        self, compilation: Compilation, layers: list[int], coders: list[tuple[Coder, Coder]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Bits of K's and V's channels by layer, in the coders' order: [H, D] each."""
+        costs = [
+            side.cost.unflatten(1, (-1, QUANTUM)).sum(2) for pair in coders for side in pair
+        ]  # [H, groups, W]
+        plans = [compilation.plan.layers[index] for index in layers]
+        bits = self.bits * sum(p.model_elements for p in plans)
+        bits -= 2 * TOKEN_SCALE_BITS * self.token_scales * sum(p.kv_heads for p in plans)
+        if self.heads == "shared":
+            costs = [cost.sum(0, keepdim=True) for cost in costs]
+            bits /= plans[0].kv_heads if plans else 1
+        chosen = give_bits([cost.flatten(0, 1) for cost in costs], bits / QUANTUM)
+        found = [
+            torch.tensor(WIDTHS)[groups].unflatten(0, cost.shape[:2]).repeat_interleave(QUANTUM, 1)
+            for groups, cost in zip(chosen, costs)
+        ]
+        if self.heads == "shared":
+            found = [each.expand(plans[0].kv_heads, -1) for each in found]
+        return list(zip(found[::2], found[1::2]))
+
+    def _narrow(self, compilation: Compilation, index: int, k_bits: Tensor, v_bits: Tensor) -> None:
+        heads = tuple(
+            HeadPlan(k=self._side(k, "tokens"), v=self._side(v, "channels")) for k, v in zip(k_bits, v_bits)
+        )
+        compilation.update(index, select="basis", mean_correction=True, heads=heads)
+        text = f"K {_text(k_bits)} bits a channel, V {_text(v_bits)}"
+        self.note(compilation, index, text)
+
+    def _side(self, bits: Tensor, groups: Groups) -> Side:
+        """What one head's channels of these widths [D] take; without channels tokens need no scales."""
+        planes = _planes(bits)
+        return Side(planes, groups, steps="unit", token_scales=self.token_scales and bool(planes))
+
+
+def _store_keys(compilation: Compilation, index: int, k: Coder, bits: Tensor) -> None:
+    """Tables that turn keys and queries into the coordinates of pages, in which steps are 1."""
+    order, step = _chosen(k, bits)
+    stored = int((bits > 0).sum(-1).max())
+    keys = _columns(k.forward, order) / step[:, None]
+    queries = _columns(k.inverse.mT, order) * step[:, None]
+    tables = {"k_basis": keys[..., :stored], "q_basis": queries[..., :stored], "k_mean": k.mean}
+    for name, table in tables.items():
+        compilation.tables[f"layers.{index}.{name}"] = table.float().contiguous()
+
+
+def _fold_values(compilation: Compilation, index: int, v: Coder, bits: Tensor) -> None:
+    """W_v, W_o and biases in which V has the coordinates of pages."""
+    order, step = _chosen(v, bits)
+    forward = _columns(v.forward, order) / step[:, None]
+    inverse = (_columns(v.inverse.mT, order) * step[:, None]).mT
+    projections = value_projection(compilation, index), output_side(compilation, index)
+    fold_value_map(compilation, *projections, v.mean, forward, inverse)
+
+
+def _chosen(side: Coder, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels in order of falling width, and their steps in that order: [H, D] each."""
+    order = bits.argsort(dim=-1, descending=True, stable=True)
+    width = torch.tensor([[WIDTHS.index(b) for b in row] for row in bits.tolist()])
+    step = side.steps.gather(-1, width[..., None])[..., 0]
+    return order, step.gather(-1, order)
+
+
+def _columns(matrices: Tensor, order: Tensor) -> Tensor:
+    return matrices.gather(-1, order[:, None].expand_as(matrices))
+
+
+def _planes(bits: Tensor) -> tuple[Plane, ...]:
+    """Of one head's channels [D]."""
+    counts = {width: int((bits == width).sum()) for width in reversed(WIDTHS) if width}
+    return tuple(Plane(width, count) for width, count in counts.items() if count)
+
+
+def _text(bits: Tensor) -> str:
+    low, high = (float(x) for x in (bits.float().mean(-1).min(), bits.float().mean(-1).max()))
+    return f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}"

@@ -1,0 +1,220 @@
+"""Transform coding: bases, steps and bits against plain computations, and the pass through the real cache."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcc.calibration import PromptSet, TokenPrompt, calibrate
+from kvcc.errors import PassError
+from kvcc.kernels import cpu, reference, token_scales
+from kvcc.passes import pass_class
+from kvcc.pipeline import run_passes
+from kvcc.profile import Profile
+from kvcc.runtime.fuse import fuse
+from kvcc.runtime.model import CompiledModel
+from kvcc.transform_coding import WIDTHS, basis_of, coder, give_bits, hadamard, shrunk
+from tests.compiled import CPU, compiled, recipe, runnable, stepwise, tokens, transformers_logits
+from tests.tiny import tiny_graph
+
+
+def moments(seed: int, heads: int = 2, size: int = 16) -> tuple[Tensor, Tensor]:
+    """A covariance and a metric, [heads, size, size] float64."""
+    random = torch.Generator().manual_seed(seed)
+    made = (torch.randn(heads, size, size, generator=random, dtype=torch.float64) for _ in range(2))
+    covariance, metric = (m @ m.mT / size for m in made)
+    return covariance, metric
+
+
+@pytest.mark.parametrize("kind", ["native", "hadamard", "pca", "dual"])
+def test_bases_invert_and_decorrelate(kind: str) -> None:
+    covariance, metric = moments(0)
+    forward, inverse = basis_of(kind, covariance, metric, seed=3)  # type: ignore[arg-type]
+    eye = torch.eye(16, dtype=torch.float64).expand(2, -1, -1)
+    torch.testing.assert_close(forward @ inverse, eye, atol=1e-6, rtol=0)
+    if kind in ("pca", "dual"):
+        turned = forward.mT @ covariance @ forward
+        off = turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))
+        assert off.abs().max() < 1e-6 * turned.abs().max()
+    if kind == "dual":  # squared errors of channels add up under the metric
+        torch.testing.assert_close(inverse @ metric @ inverse.mT, eye, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [8, 16, 24, 80])
+def test_hadamard_is_orthogonal(size: int) -> None:
+    matrix = hadamard(size, 1)
+    torch.testing.assert_close(matrix @ matrix.T, torch.eye(size, dtype=torch.float64))
+
+
+def test_steps_are_the_best_of_their_neighbourhood() -> None:
+    random = torch.Generator().manual_seed(0)
+    samples = torch.randn(1, 2000, 8, generator=random) * torch.tensor([9.0, 5, 3, 2, 1, 1, 0.5, 0.1])
+    covariance = torch.diag_embed(samples.double().square().mean(1))
+    identity = torch.eye(8, dtype=torch.float64)[None]
+    found = coder(samples, torch.zeros(1, 8).double(), covariance, identity, "native", scaled=False, seed=0)
+    x = samples.double() @ found.forward
+    for width, bits in enumerate(WIDTHS):
+        if not bits:
+            torch.testing.assert_close(found.cost[..., 0], 0.5 * x.square().mean(1))
+            continue
+        errors = []
+        for factor in (0.8, 1.0, 1.25):
+            step = found.steps[..., width] * factor
+            codes = (x / step[:, None]).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) + 0.5
+            errors.append(0.5 * (codes * step[:, None] - x).square().mean(1))
+        torch.testing.assert_close(errors[1], found.cost[..., width])
+        assert (errors[1] <= torch.minimum(errors[0], errors[2])).all()
+
+
+@given(
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5), min_size=1, max_size=4),
+    st.integers(0, 30),
+)
+@settings(deadline=None)
+def test_greedy_bits_are_the_best_of_their_price(ratios: list[list[float]], budget: int) -> None:
+    """For convex curves no other choice costs less that leaves room for the largest jump, which may not fit."""
+    curves = []
+    for row in ratios:
+        slopes = sorted(row, reverse=True)
+        curve = [sum(slopes) * 8]
+        for (low, high), slope in zip(itertools.pairwise(WIDTHS), slopes):
+            curve.append(curve[-1] - slope * (high - low))
+        curves.append(curve)
+    (chosen,) = give_bits([torch.tensor(curves, dtype=torch.float64)], budget)
+    cost = sum(curve[w] for curve, w in zip(curves, chosen.tolist()))
+    assert sum(WIDTHS[w] for w in chosen.tolist()) <= budget
+    for other in itertools.product(range(len(WIDTHS)), repeat=len(curves)):
+        if sum(WIDTHS[w] for w in other) <= budget - 8:
+            assert cost <= sum(curve[w] for curve, w in zip(curves, other)) + 1e-9
+
+
+def test_token_scales_are_the_best_candidates() -> None:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 24, generator=random) * torch.logspace(-1, 2, 50)[:, None]
+    x[0] = 0
+    half = torch.tensor([128.0] * 4 + [8.0] * 8 + [2.0] * 8 + [1.0] * 2 + [0.0] * 2)
+    found = token_scales.token_scales(x, half)
+    stored = half > 0
+
+    def error(row: Tensor, code: int) -> float:
+        scale = 2 ** ((code - 3) / 3)
+        middles = (row / scale).floor().clamp(-half, half - 1) + 0.5
+        return float(((middles * scale - row)[stored] ** 2).sum())
+
+    for row, code in zip(x, found.tolist()):
+        best = min(error(row, other) for other in range(16))
+        assert error(row, code) <= best * (1 + 1e-5) + 1e-9
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    prompts = tuple(TokenPrompt(tuple(ids), str(i)) for i, ids in enumerate(tokens(150, 140, 130, seed=7)))
+    sets = [PromptSet("random", "sha256:0", 7, prompts)]
+    return calibrate(tiny_graph("llama"), sets, skip_first=2, gradients=True)
+
+
+def model_of(profile: Profile, options: str, backend: object = reference) -> CompiledModel:
+    made = run_passes(tiny_graph("llama"), profile, recipe(f"\n  - transform: {{{options}}}"))
+    return CompiledModel(
+        *(tiny_graph("llama").model, "", made.plan, fuse(made.module), made.tables, None, backend, CPU)  # type: ignore[arg-type]
+    )
+
+
+@pytest.mark.parametrize("options", ["", ", k_basis: dual, v_basis: hadamard", ", heads: shared"])
+def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
+    (row,) = tokens(60)
+    (found,) = stepwise(model_of(profile, f"bits: 8.5{options}"), [row], [20, 33, 47])
+    torch.testing.assert_close(found, transformers_logits("llama", row), atol=0.05, rtol=0.05)
+
+
+def test_a_byte_less_costs_more(profile: Profile) -> None:
+    """On average, over random text: 8, 4 and 1 bits."""
+    rows = tokens(60, 60, 60)
+    expected = [transformers_logits("llama", row) for row in rows]
+    losses = []
+    for bits in (8, 4, 1):
+        found = stepwise(model_of(profile, f"bits: {bits}"), rows, [30, 45])
+        losses.append(sum(float((f - e).square().mean()) for f, e in zip(found, expected)))
+    assert losses == sorted(losses)
+    assert losses[0] < losses[2] / 10
+
+
+@pytest.mark.parametrize("bits", [0.5, 1, 2.5, 6])
+@pytest.mark.parametrize("scales", ["true", "false"])
+def test_plans_keep_to_the_bits_asked_for(profile: Profile, bits: float, scales: str) -> None:
+    plan = model_of(profile, f"bits: {bits}, token_scales: {scales}").plan
+    # Planes of tiny heads and pages fill whole lines of 16 bytes.
+    sides = [(h.k, h.v) for layer in plan.layers for h in layer.heads]
+    stored = sum(p.bits * p.channels for pair in sides for side in pair for p in side.planes)
+    stored += sum(4 * side.token_scales for pair in sides for side in pair)
+    elements = sum(layer.exact_elements for layer in plan.layers)
+    assert bits - 8 * 8 / elements <= stored / elements <= bits
+
+
+@pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
+@pytest.mark.parametrize("options", ["bits: 3", "bits: 3, token_scales: false, heads: shared"])
+def test_captured_steps_and_kernels_agree_with_the_reference(profile: Profile, options: str) -> None:
+    rows = tokens(33, 50, seed=4)
+    found, expected = (stepwise(model_of(profile, options, b), rows, range(20, 50)) for b in (cpu, reference))
+    for ours, theirs in zip(found, expected):
+        difference = (ours - theirs).abs()
+        assert difference.mean() < 1e-3  # a code that rounds the other way moves few logits
+
+
+@pytest.mark.parametrize("text", ["one token", "two tokens", "loud"])
+def test_no_text_breaks_the_model(profile: Profile, text: str) -> None:
+    """What calibration never saw: repeats, and keys and values far beyond every range."""
+    model = model_of(profile, "bits: 2")
+    row = [5] * 100 if text == "one token" else [5, 9] * 50
+    if text == "loud":
+        for table in model.tables.values():
+            table.mul_(1000)
+    logits = stepwise(model, [row], range(40, 100))[0]
+    assert logits.isfinite().all()
+
+
+def test_fisher_needs_gradients() -> None:
+    with pytest.raises(PassError, match="kvcc calibrate --gradients"):
+        compiled("llama", recipe("\n  - transform: {metric: fisher}"))
+    assert runnable("llama", recipe("\n  - transform: {bits: 4}")).plan.layers[0].select == "basis"
+
+
+def test_shrinkage_keeps_the_trace() -> None:
+    _, metric = moments(1)
+    for share in (0.0, 0.3, 1.0):
+        drawn = shrunk(metric, share).diagonal(dim1=1, dim2=2).sum(-1)
+        torch.testing.assert_close(drawn, metric.diagonal(dim1=1, dim2=2).sum(-1))
+
+
+def test_hadamard_pass_is_exact_up_to_its_codes() -> None:
+    """With 8 bits; and its tables are orthogonal, so that queries meet what keys became."""
+    model = runnable("llama", recipe("\n  - hadamard: {k_bits: 8, v_bits: 8, group_size: 16}"))
+    (row,) = tokens(50)
+    (found,) = stepwise(model, [row], [20, 30])
+    torch.testing.assert_close(found, transformers_logits("llama", row), atol=0.03, rtol=0.03)
+    keys, queries = (model.tables[f"layers.0.{name}"] for name in ("k_basis", "q_basis"))
+    torch.testing.assert_close(keys @ queries.mT, torch.eye(16).expand_as(keys), atol=1e-5, rtol=0)
+
+
+def test_kitty_boosts_the_channels_that_matter() -> None:
+    found = compiled("llama", recipe("\n  - kitty: {boosted: 0.25, group_size: 8}"))
+    layer = found.plan.layers[0]
+    assert [(p.bits, p.channels) for p in layer.heads[0].k.planes] == [(4, 4), (2, 12)]
+    order = found.tables["layers.0.k_channels"]
+    from tests.compiled import tiny_profile
+
+    score = tiny_profile("llama").think_score(0)
+    assert (
+        score.gather(-1, order[:, :4]).min(-1).values >= score.gather(-1, order[:, 4:]).max(-1).values
+    ).all()
+
+
+def test_registered() -> None:
+    assert [pass_class(name).name for name in ("transform", "hadamard", "kitty")] == [
+        "transform",
+        "hadamard",
+        "kitty",
+    ]
