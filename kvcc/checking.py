@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvcc.artifact import update_file
 from kvcc.calibration import encode_sets
@@ -24,6 +25,7 @@ from kvcc.measure import (
     GreedyAgreement,
     RetrievalScore,
     TextAgreement,
+    expected_logits,
     greedy_agreement,
     retrieve,
     teacher_forced,
@@ -95,13 +97,15 @@ def check(
     backend: str = "auto",
     weights: WeightType | None = None,
     reference: CompiledModel | None = None,
+    expected: dict[str, list[Tensor]] | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Verdict:
     """Measure an artifact against the uncompressed model.
 
     `data` names kinds of held-out text (prose, code) or prompt files as `kvcc calibrate` takes them. `weights` stores
     the artifact's linear layers as `load` does; the reference keeps the model's own.
-    `reference` is `uncompressed(against)` when the caller has it already. `on_progress(what, done, total)` is called
+    `reference` is `uncompressed(against)` when the caller has it already; `expected` keeps its logits by kind of text,
+    for another check of the same size and seed. `on_progress(what, done, total)` is called
     as work goes on. Raises ArtifactError, DataError, UnsupportedModel;
     a gate that does not hold is not an error here: see `Verdict.passed`.
     """
@@ -116,6 +120,10 @@ def check(
         )
     reference = reference or uncompressed(loaded, model.tokenizer)
     kinds = {kind: _texts(model, kind, size, seed) for kind in data}
+    known = {} if expected is None else expected
+    for kind, rows in kinds.items():
+        if kind not in known:
+            known[kind] = [expected_logits(reference, row, size.context) for row in rows]
     texts = tuple(
         teacher_forced(
             model,
@@ -123,6 +131,7 @@ def check(
             ids,
             kind=kind,
             context=size.context,
+            expected=known[kind],
             on_step=partial(report, f"text: {kind}"),
         )
         for kind, ids in kinds.items()

@@ -67,17 +67,20 @@ def teacher_forced(
     kind: str,
     context: int,
     buckets: int = 4,
+    expected: Sequence[Tensor] | None = None,
     on_step: Progress | None = None,
 ) -> TextAgreement:
     """Decode `texts` (token ids, all of one length) one token at a time after a prefill of `context` tokens.
 
     The compressed model decodes with every text as one row of a batch, through its real cache; the reference sees
-    each text once, in one pass. Predictions of tokens context … length - 1 are compared.
+    each text once, in one pass, unless its logits are `expected` (see `expected_logits`). Predictions of tokens
+    context … length - 1 are compared.
     """
     length = len(texts[0])
     if not 1 <= context < length:
         raise DataError(f"context {context} must lie between 1 and the text length {length}, exclusive")
-    expected = [_reference_logits(reference, text, context) for text in texts]
+    if expected is None:
+        expected = [expected_logits(reference, text, context) for text in texts]
     cache = model.new_cache(len(texts))
     cache.reserve([length - 1] * len(texts))
     sums = torch.zeros(length - context, 4, dtype=torch.float64)
@@ -107,7 +110,7 @@ def teacher_forced(
     )
 
 
-def _reference_logits(reference: CompiledModel, text: Sequence[int], context: int) -> Tensor:
+def expected_logits(reference: CompiledModel, text: Sequence[int], context: int) -> Tensor:
     """Logits that predict tokens context … of one text, [tokens, V], in half the memory of float32 where possible."""
     cache = reference.new_cache(1)
     head = reference.forward([text[:context]], cache)

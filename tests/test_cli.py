@@ -17,6 +17,7 @@ COMMANDS = {
     "bench",
     "calibrate",
     "check",
+    "compare",
     "demo",
     "env",
     "export",
