@@ -486,11 +486,22 @@ INLINE float token_scale(const char *codes, i64 tokens, i64 i) {
 static void times_token_scales(const Layout *layout, i64 head, int side, const char *page, i64 rows, float *x, i64 ld) {
     i64 at = layout->token_scales[2 * head + side];
     if (at < 0) return;
-    for (i64 i = 0; i < layout->tokens; i += VL) { /* pages have a multiple of 8 tokens; x has room for whole vectors */
-        vf scale;
-        for (i64 l = 0; l < VL; l++) scale[l] = i + l < layout->tokens ? token_scale(page + at, layout->tokens, i + l) : 0;
-        for (i64 r = 0; r < rows; r++) store(x + r * ld + i, load(x + r * ld + i) * scale);
+    i64 half_ = layout->tokens / 2, i = 0;
+    for (; i + VL <= half_; i += VL) { /* a byte has the codes of two tokens, half a page apart */
+        vi codes = bytes_at(page + at + i);
+        vf low = exp2v((__builtin_convertvector(codes & 15, vf) - 3.0f) * (1.0f / 3.0f));
+        vf high = exp2v((__builtin_convertvector(codes >> 4, vf) - 3.0f) * (1.0f / 3.0f));
+        for (i64 r = 0; r < rows; r++) {
+            float *to = x + r * ld + i;
+            store(to, load(to) * low);
+            store(to + half_, load(to + half_) * high);
+        }
     }
+    for (; i < half_; i++)
+        for (i64 r = 0; r < rows; r++) {
+            x[r * ld + i] *= token_scale(page + at, layout->tokens, i);
+            x[r * ld + half_ + i] *= token_scale(page + at, layout->tokens, half_ + i);
+        }
 }
 
 /* K (side 0): out[r][token] += q . k over the section's channels. V (side 1): out[r][channel] += sum of p * v. */
