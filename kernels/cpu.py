@@ -10,12 +10,15 @@ from torch import Tensor
 
 from kvcc.errors import CapacityError, KernelUnavailable
 from kvcc.kernels import build
+from kvcc.kernels.head_classes import STEPS
 from kvcc.kernels.layout import PageLayout, Section
+from kvcc.kernels.levels import KINDS
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
 
 name = "cpu"
 
+FIELDS = 11  # of a section
 ELEMENT = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # the C file's enum
 
 
@@ -59,7 +62,7 @@ class _Described:
     """A PageLayout as the C code reads it; the tensors own what `record` points at."""
 
     record: _Layout
-    sections: Tensor  # [sections, 9] int64
+    sections: Tensor  # [sections, FIELDS] int64
     index: Tensor  # [2 Hkv + 1] int64: head h's K sections begin at 2h, its V sections at 2h + 1
     token_scales: Tensor  # [2 Hkv] int64: of head h's K at 2h, of its V at 2h + 1; -1 for none
     max_section: int  # codes
@@ -158,7 +161,7 @@ def _describe(layout: PageLayout) -> _Described:
         for sections in (k, v):
             rows.extend(_section_row(section) for section in sections)
             index.append(len(rows))
-    sections_, index_ = torch.tensor(rows, dtype=torch.int64).reshape(-1, 9), torch.tensor(index)
+    sections_, index_ = torch.tensor(rows, dtype=torch.int64).reshape(-1, FIELDS), torch.tensor(index)
     scales = [
         -1 if at is None else at
         for pair in zip(layout.k_token_scales, layout.v_token_scales, strict=True)
@@ -183,5 +186,7 @@ def _section_row(s: Section) -> list[int]:
         s.codes,
         s.scales,
         s.zeros,
-        int(s.unit),
+        STEPS.index(s.steps),
+        KINDS.index(s.levels),
+        s.clip,
     ]

@@ -13,8 +13,11 @@
 enum { TILE_ROWS = 48, FUSED_ROWS = 4, WINDOW_CHUNK = 64, MIN_PAGES = 4 };
 
 typedef struct {
-    i64 bits, channels, first, by_token, group, codes, scales, zeros, unit;
+    i64 bits, channels, first, by_token, group, codes, scales, zeros, steps, levels, clip;
 } Section;
+
+enum { ADAPTIVE, SCALED, UNIT };          /* steps */
+enum { UNIFORM, NORMAL, E2M1, E4M3 };     /* levels; kernels/levels.py numbers them the same */
 
 typedef struct {
     const Section *sections; /* of head h, side s (0: K, 1: V): index[2h + s] up to index[2h + s + 1] */
@@ -451,8 +454,64 @@ static void nn_folded(const Section *s, const char *page, Scratch *t, i64 rows, 
         nn(U8, rows, folded + g, meta, ng, codes + g * s->group, length, runs, s->group, out + g * s->group, out_row);
 }
 
+/* ---- levels: a sign and the index of a magnitude; see kernels/levels.py ------------------------------------------ */
+
+static const float NORMAL_1[] = {0.7978846f}, NORMAL_2[] = {0.4527800f, 1.5104176f},
+                   NORMAL_3[] = {0.2450942f, 0.7560053f, 1.3439093f, 2.1519457f},
+                   NORMAL_4[] = {0.1283950f, 0.3880483f, 0.6567591f, 0.9423404f,
+                                 1.2562312f, 1.6180464f, 2.0690172f, 2.7325896f},
+                   SIZES_E2M1[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+
+static const float *magnitudes(i64 levels, i64 bits) {
+    static const float *const normal[] = {NORMAL_1, NORMAL_2, NORMAL_3, NORMAL_4};
+    return levels == E2M1 ? SIZES_E2M1 : normal[bits - 1];
+}
+
+/* Eight bits of e4m3 lie in a float's as they are, but for the exponent's bias. */
+INLINE vf e4m3_values(vi codes) { return (vf)((codes & 128) << 24 | (codes & 127) << 20) * 0x1p120f; }
+
+static float e4m3_value(uint8_t code) {
+    uint32_t bits = (uint32_t)(code & 128) << 24 | (uint32_t)(code & 127) << 20;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x * 0x1p120f;
+}
+
+/* To the nearest, halves to even; 448 where x is larger. */
+static uint8_t e4m3_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    uint32_t sign = bits >> 24 & 128, size = bits & 0x7fffffff;
+    float a = fabsf(x);
+    if (a >= 448.0f) return (uint8_t)(sign | 126);
+    if (a < 0x1p-6f) return (uint8_t)(sign | (uint32_t)(int32_t)rintf(a * 512.0f));
+    return (uint8_t)(sign | (((size + 0x7ffff + (size >> 20 & 1)) >> 20) - (120 << 3)));
+}
+
+static void level_values(const Section *s, const char *codes, i64 n, float *to) {
+    i64 i = 0;
+    if (s->levels == E4M3) {
+        for (; i + VL <= n; i += VL) store(to + i, e4m3_values(bytes_at(codes + i)));
+        for (; i < n; i++) to[i] = e4m3_value((uint8_t)codes[i]);
+        return;
+    }
+    const float *sizes = magnitudes(s->levels, s->bits);
+    float all[16];
+    int half_ = 1 << (s->bits - 1);
+    for (int code = 0; code < 2 * half_; code++) all[code] = code < half_ ? sizes[code] : -sizes[code - half_];
+    for (; i < n; i++) to[i] = all[(uint8_t)codes[i]];
+}
+
 static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs, i64 length) {
-    if (s->unit) {
+    if (s->levels != UNIFORM) {
+        level_values(s, unpack(s->bits, length, runs, page + s->codes, t->codes), runs * length, t->wide);
+        for (i64 i = 0; s->steps == SCALED && i < runs * length / s->group; i++) {
+            float scale = s->levels == E2M1 ? e4m3_value((uint8_t)page[s->scales + i]) : scalar_at(F16, page + s->scales, i);
+            for (i64 x = i * s->group; x < (i + 1) * s->group; x++) t->wide[x] *= scale;
+        }
+        return;
+    }
+    if (s->steps == UNIT) {
         const char *steps = unpack(s->bits, length, runs, page + s->codes, t->codes);
         float zero = unit_zero(s);
         i64 x = 0, end = runs * length;
@@ -513,11 +572,11 @@ static void section_product(const Layout *layout, int side, const Section *s, co
         a += s->first;
     else
         out += s->first;
-    if (s->unit && runs_summed && rows <= FUSED_ROWS) {
+    if (s->steps == UNIT && s->levels == UNIFORM && runs_summed && rows <= FUSED_ROWS) {
         nn_unit(s, page, t, rows, a, a_row, runs, length, out, out_row);
         return;
     }
-    if (s->bits < 16 && runs_summed && rows <= FUSED_ROWS && s->group % VL == 0) {
+    if (s->bits < 16 && s->steps == ADAPTIVE && runs_summed && rows <= FUSED_ROWS && s->group % VL == 0) {
         nn_folded(s, page, t, rows, a, a_row, runs, length, out, out_row);
         return;
     }
@@ -672,8 +731,10 @@ static void head_record(const Layout *layout, i64 head, i64 *first, i64 *bytes) 
     i64 last = 0;
     *first = s->codes;
     for (; s < end; s++) {
-        i64 codes = layout->tokens * s->channels, grouped = s->bits < 16 && !s->unit;
-        last = grouped ? s->zeros + 2 * codes / s->group : s->codes + codes * s->bits / 8;
+        i64 codes = layout->tokens * s->channels, metadata = s->group ? 2 * codes / s->group : 0;
+        last = s->bits >= 16 || s->steps == UNIT ? s->codes + codes * s->bits / 8
+               : s->steps == SCALED              ? s->scales + metadata
+                                                 : s->zeros + metadata;
     }
     for (int side = 0; side < 2; side++)
         last = MAX(last, layout->token_scales[2 * head + side] + layout->tokens);
@@ -842,7 +903,7 @@ static void gather(int type, const Section *s, i64 tokens, const char *from, i64
         gather_type(BF16, s, tokens, from, stride_t, stride_c, x);
 }
 
-static void quantise_group(const float *x, i64 n, int levels, half *scale, half *zero, uint8_t *codes) {
+static void quantise_group(const float *x, i64 n, int levels, float clip, half *scale, half *zero, uint8_t *codes) {
     float low = x[0], high = x[0];
     i64 i = 0;
     if (n >= VL) {
@@ -854,6 +915,7 @@ static void quantise_group(const float *x, i64 n, int levels, half *scale, half 
         low = -largest(-lows), high = largest(highs);
     }
     for (; i < n; i++) low = MIN(low, x[i]), high = MAX(high, x[i]);
+    low *= clip, high *= clip;
     const half floor = (half)1e-6f; /* a constant group must not divide by zero */
     half z = (half)low, s = (half)((high - (float)z) / (float)levels);
     if (s < floor) s = floor;
@@ -872,6 +934,40 @@ static void quantise_unit(const float *x, i64 n, int bits, uint8_t *codes) {
         float code = floorf(x[i]) + half_range;
         codes[i] = (uint8_t)(int32_t)(code < 0.0f ? 0.0f : code > most ? most : code);
     }
+}
+
+static uint8_t nearest_level(const Section *s, float x) {
+    if (s->levels == E4M3) return e4m3_of(x);
+    const float *sizes = magnitudes(s->levels, s->bits);
+    int half_ = 1 << (s->bits - 1), index = 0;
+    float size = fabsf(x);
+    for (int i = 0; i + 1 < half_; i++) index += size > (sizes[i] + sizes[i + 1]) / 2;
+    return (uint8_t)(x < 0 ? index | half_ : index);
+}
+
+/* Codes of a group of n values and its scale, for the i-th group. */
+static void quantise_scaled(const Section *s, const float *x, i64 n, i64 i, char *scales, uint8_t *codes) {
+    if (s->levels == E2M1) {
+        float most = 0;
+        for (i64 j = 0; j < n; j++) most = MAX(most, fabsf(x[j]));
+        uint8_t scale = e4m3_of(MIN(MAX(most / 6.0f, 0x1p-9f), 448.0f));
+        for (i64 j = 0; j < n; j++) codes[j] = nearest_level(s, x[j] / e4m3_value(scale));
+        scales[i] = (char)scale;
+        return;
+    }
+    const float *sizes = magnitudes(s->levels, s->bits);
+    double squares = 0, length = 0; /* in which the order of summation shows in no half */
+    int half_ = 1 << (s->bits - 1);
+    for (i64 j = 0; j < n; j++) squares += (double)x[j] * x[j];
+    float spread = (float)sqrt(squares / (double)n);
+    spread = (float)(half)MIN(MAX(spread, 1e-6f), 65504.0f);
+    for (i64 j = 0; j < n; j++) {
+        codes[j] = nearest_level(s, x[j] / spread);
+        float size = sizes[codes[j] & (half_ - 1)];
+        length += (double)size * size;
+    }
+    half scale = (half)MIN((float)sqrt(squares / length), 65504.0f);
+    memcpy(scales + 2 * i, &scale, 2);
 }
 
 static void seal_raw(int type, const float *x, i64 n, char *to) {
@@ -902,9 +998,16 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
         return;
     }
     half *scales = (half *)(page + s->scales), *zeros = (half *)(page + s->zeros);
-    if (s->unit) quantise_unit(x, runs * length, (int)s->bits, codes);
-    for (i64 i = 0; i < runs * ng && !s->unit; i++)
-        quantise_group(x + i * s->group, s->group, (1 << s->bits) - 1, scales + i, zeros + i, codes + i * s->group);
+    if (s->steps == UNIT && s->levels == UNIFORM) quantise_unit(x, runs * length, (int)s->bits, codes);
+    for (i64 i = 0; s->steps == UNIT && s->levels != UNIFORM && i < runs * length; i++) codes[i] = nearest_level(s, x[i]);
+    for (i64 i = 0; s->steps != UNIT && i < runs * ng; i++) {
+        const float *group = x + i * s->group;
+        if (s->steps == SCALED)
+            quantise_scaled(s, group, s->group, i, page + s->scales, codes + i * s->group);
+        else
+            quantise_group(group, s->group, (1 << s->bits) - 1, (float)s->clip / 100.0f, scales + i, zeros + i,
+                           codes + i * s->group);
+    }
     for (i64 run = 0; run < runs; run++) {
         uint8_t *to = (uint8_t *)page + s->codes + run * (length * s->bits / 8);
         const uint8_t *from = codes + run * length;
@@ -919,9 +1022,9 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
         else
             memcpy(to, from, length);
     }
-    if (s->unit) return;
-    zero_tail(page, s->scales + 2 * runs * ng);
-    zero_tail(page, s->zeros + 2 * runs * ng);
+    if (s->steps == UNIT) return;
+    zero_tail(page, s->scales + (s->levels == E2M1 ? 1 : 2) * runs * ng);
+    if (s->steps == ADAPTIVE) zero_tail(page, s->zeros + 2 * runs * ng);
 }
 
 /* Squared distances of x[0 … n-1] over each candidate scale from the middles of unit steps, times the scale squared. */

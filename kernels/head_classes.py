@@ -5,6 +5,9 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from kvcc.kernels.layout import PageLayout, Section
+from kvcc.kernels.levels import KINDS, magnitudes
+
+STEPS = ("adaptive", "scaled", "unit")  # as kernels number them
 
 
 class PlaneSpec(NamedTuple):
@@ -21,7 +24,10 @@ class PlaneSpec(NamedTuple):
     codes: int
     scales: int
     zeros: int
-    unit: int  # 1: steps of 1, without scales and zeros
+    steps: int  # ADAPTIVE, SCALED or UNIT
+    levels: int  # UNIFORM, NORMAL, E2M1 or E4M3
+    magnitudes: tuple[float, ...]  # of levels that are a list
+    clip: float  # share of a group's range that adaptive steps reach
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,11 @@ def _planes(sections: tuple[Section, ...], base: int) -> tuple[PlaneSpec, ...]:
             group_size=s.group_size,
             codes=s.codes - base,
             scales=0 if s.raw or s.unit else s.scales - base,
-            zeros=0 if s.raw or s.unit else s.zeros - base,
-            unit=int(s.unit),
+            zeros=0 if s.raw or s.steps != "adaptive" else s.zeros - base,
+            steps=STEPS.index(s.steps),
+            levels=KINDS.index(s.levels),
+            magnitudes=magnitudes(s.levels, s.bits),
+            clip=s.clip / 100,
         )
         for s in sections
     )

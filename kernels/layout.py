@@ -13,6 +13,10 @@ With `steps = "unit"` a page has none: the plan's basis gives each channel a ste
 of b bits stands for `q + 1/2 - 2^(b-1)`. `token_scales` then follow the planes of a side: a code e of 4 bits a token,
 packed as one run, for the factor `2^((e - 3) / 3)` by which its values were divided before they were rounded.
 
+`levels` other than "uniform" are lists of numbers that a sign and a magnitude choose from (see `levels.py`): with unit
+steps a code stands for its level; with `steps = "scaled"` for the level times its group's scale, which is float16, or
+e4m3 for levels e2m1 (NVFP4's blocks). There are no zeros then. `clip` narrows the range of adaptive steps, in percent.
+
 Codes of one packed run (see `packed_bytes`): `n` codes of width b in {1, 2, 4, 8} take n*b/8 bytes, byte i holding
 codes i, i + n*b/8, i + 2*n*b/8, … from its low bits up, so that unpacking yields contiguous codes. Width 3 is a
 width-2 run followed by a width-1 run of the third bits.
@@ -28,6 +32,7 @@ from typing import Literal
 import torch
 
 from kvcc.errors import PlanError
+from kvcc.kernels.levels import BITS_OF, Levels
 
 WIDTHS = (1, 2, 3, 4, 8, 16, 32)
 ALIGNMENT = 16
@@ -36,7 +41,7 @@ METADATA_BYTES = 2  # float16, for a scale or a zero
 TOKEN_SCALE_BITS, TOKEN_SCALE_ONE, TOKEN_SCALE_OCTAVE = 4, 3, 3  # width, the code of 1, codes to the double
 
 Groups = Literal["tokens", "channels"]
-Steps = Literal["adaptive", "unit"]
+Steps = Literal["adaptive", "scaled", "unit"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,8 @@ class Side:
     group_size: int = 0  # none with unit steps
     steps: Steps = "adaptive"
     token_scales: bool = False
+    levels: Levels = "uniform"
+    clip: int = 100  # percent of a group's least and greatest value that adaptive steps reach
 
     @property
     def channels(self) -> int:
@@ -81,13 +88,25 @@ class Section:
     groups: Groups
     group_size: int
     codes: int
-    scales: int  # 0 without adaptive steps
+    scales: int  # 0 where there are none
     zeros: int  # 0 without adaptive steps
-    unit: bool = False
+    steps: Steps = "adaptive"
+    levels: Levels = "uniform"
+    clip: int = 100
 
     @property
     def raw(self) -> bool:
         return self.bits >= 16
+
+    @property
+    def unit(self) -> bool:
+        """Whether codes stand for themselves, without scales and zeros."""
+        return self.steps == "unit"
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one scale."""
+        return scale_bytes(self.levels)
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,11 @@ def _stored(sections: tuple[Section, ...]) -> int:
     return sum(s.channels for s in sections)
 
 
+def scale_bytes(levels: Levels) -> int:
+    """Bytes of one group's scale."""
+    return 1 if levels == "e2m1" else METADATA_BYTES
+
+
 def packed_bytes(bits: int, codes: int) -> int:
     """Bytes of a packed run of `codes` codes; `codes` must be a multiple of 8 when bits is 3, else of 8/bits."""
     return codes * bits // 8
@@ -152,7 +176,6 @@ def page_layout(
 
 def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[Section, ...], int]:
     _check_side(side, where)
-    unit = side.steps == "unit"
     sections = []
     first = 0
     for plane in side.planes:
@@ -160,13 +183,17 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
         codes = offset
         offset = _aligned(codes + packed_bytes(plane.bits, tokens * plane.channels))
         scales = zeros = 0
-        if not plane.raw and not unit:
-            metadata = METADATA_BYTES * tokens * plane.channels // side.group_size
-            scales, zeros = offset, _aligned(offset + metadata)
-            offset = _aligned(zeros + metadata)
+        if not plane.raw and side.steps != "unit":
+            metadata = scale_bytes(side.levels) * tokens * plane.channels // side.group_size
+            scales, offset = offset, _aligned(offset + metadata)
+            if side.steps == "adaptive":
+                zeros, offset = offset, _aligned(offset + metadata)
         sections.append(
             Section(
-                *(plane.bits, plane.channels, first, side.groups, side.group_size, codes, scales, zeros, unit)
+                *(plane.bits, plane.channels, first, side.groups, side.group_size, codes, scales, zeros),
+                steps=side.steps,
+                levels=side.levels,
+                clip=side.clip,
             )
         )
         first += plane.channels
@@ -175,13 +202,32 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
 
 def _check_side(side: Side, where: str) -> None:
     if side.token_scales and side.steps != "unit":
-        raise PlanError(f"{where}: token_scales go with unit steps; adaptive ones have scales of their own")
+        raise PlanError(f"{where}: token_scales go with unit steps; others have scales of their own")
+    _check_levels(side, where)
     if side.steps != "unit":
         return
     if side.group_size:
         raise PlanError(f"{where}: unit steps have no groups; leave group_size out")
-    if any(plane.raw for plane in side.planes):
+
+
+def _check_levels(side: Side, where: str) -> None:
+    if side.steps != "adaptive" and any(plane.raw for plane in side.planes):
         raise PlanError(f"{where}: a plane of floats has no steps; use steps: adaptive")
+    if (side.steps == "scaled" and side.levels == "uniform") or (
+        side.steps == "adaptive" and side.levels != "uniform"
+    ):
+        raise PlanError(f"{where}: levels {side.levels} do not go with steps {side.steps}")
+    if side.levels != "uniform":
+        for plane in side.planes:
+            if plane.bits not in BITS_OF[side.levels]:
+                raise PlanError(
+                    f"{where}: levels {side.levels} have {' or '.join(map(str, BITS_OF[side.levels]))} bits, "
+                    f"not {plane.bits}"
+                )
+        if side.token_scales:
+            raise PlanError(f"{where}: token_scales are chosen for uniform levels, not {side.levels}")
+    if not 1 <= side.clip <= 100 or (side.clip < 100 and side.steps != "adaptive"):
+        raise PlanError(f"{where}: clip {side.clip}: use 1 to 100 percent, with adaptive steps")
 
 
 def _check(tokens: int, side: Side, plane: Plane, where: str) -> None:
@@ -192,7 +238,7 @@ def _check(tokens: int, side: Side, plane: Plane, where: str) -> None:
     if plane.raw:
         return
     run, what = (tokens, "page tokens") if side.groups == "tokens" else (plane.channels, "plane channels")
-    if side.steps == "adaptive" and (side.group_size < 1 or run % side.group_size):
+    if side.steps != "unit" and (side.group_size < 1 or run % side.group_size):
         raise PlanError(f"{where}: group_size {side.group_size} does not divide {run} {what}")
     if run % 8:
         raise PlanError(f"{where}: {run} {what} cannot be packed; use a multiple of 8")

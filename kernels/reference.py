@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvcc.kernels.layout import TOKEN_SCALE_BITS, PageLayout, Section, packed_bytes
+from kvcc.kernels.levels import level_codes, values_of
 from kvcc.kernels.packing import pack, unpack
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
@@ -20,11 +21,14 @@ def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> st
     return None
 
 
-def quantize(x: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric min-max codes of runs x [..., n]: codes uint8 [..., n]; scale, zero float16 [..., n / group_size]."""
+def quantize(x: Tensor, bits: int, group_size: int, clip: int = 100) -> tuple[Tensor, Tensor, Tensor]:
+    """Asymmetric min-max codes of runs x [..., n]: codes uint8 [..., n]; scale, zero float16 [..., n / group_size].
+
+    `clip`: percent of minimum and maximum that codes reach.
+    """
     groups = x.float().unflatten(-1, (-1, group_size))
-    zero = groups.amin(-1).half()
-    span = groups.amax(-1) - zero.float()
+    zero = (groups.amin(-1) * (clip / 100)).half()
+    span = groups.amax(-1) * (clip / 100) - zero.float()
     scale = (span / (2**bits - 1)).half().clamp_min(SCALE_FLOOR)
     steps = (groups - zero.float()[..., None]) / scale.float()[..., None]
     codes = steps.clamp(0, 2**bits - 1).round().to(torch.uint8)
@@ -65,10 +69,17 @@ def _seal_section(layout: PageLayout, section: Section, x: Tensor, records: Tens
         half = layout.half if section.bits == 16 else torch.float32
         _put(records, section.codes, runs.to(half))
         return
+    if section.levels != "uniform":
+        scaled = section.steps == "scaled"
+        codes, scale = level_codes(runs, section.levels, section.bits, section.group_size if scaled else None)
+        _put(records, section.codes, pack(codes, section.bits))
+        if scale is not None:
+            _put(records, section.scales, scale)
+        return
     if section.unit:
         _put(records, section.codes, pack(unit_codes(runs, section.bits), section.bits))
         return
-    codes, scale, zero = quantize(runs, section.bits, section.group_size)
+    codes, scale, zero = quantize(runs, section.bits, section.group_size, section.clip)
     _put(records, section.codes, pack(codes, section.bits))
     _put(records, section.scales, scale)
     _put(records, section.zeros, zero)
@@ -109,6 +120,8 @@ def _unseal_section(layout: PageLayout, section: Section, records: Tensor) -> Te
             .float()
             .unflatten(1, (runs, length))
         )
+    elif section.levels != "uniform":
+        x = _unseal_levels(section, records, unpack(stored.unflatten(1, (runs, -1)), section.bits, length))
     elif section.unit:
         x = unpack(stored.unflatten(1, (runs, -1)), section.bits, length) + (0.5 - 2 ** (section.bits - 1))
     else:
@@ -117,6 +130,16 @@ def _unseal_section(layout: PageLayout, section: Section, records: Tensor) -> Te
         zero = _get(records, section.zeros, metadata).view(torch.float16).unflatten(1, (runs, -1))
         x = dequantize(unpack(stored.unflatten(1, (runs, -1)), section.bits, length), scale, zero)
     return x.transpose(1, 2) if section.groups == "tokens" else x
+
+
+def _unseal_levels(section: Section, records: Tensor, codes: Tensor) -> Tensor:
+    x = values_of(codes, section.levels, section.bits)
+    if section.steps == "unit":
+        return x
+    runs, groups = codes.shape[1], codes.shape[2] // section.group_size
+    stored = _get(records, section.scales, section.scale_bytes * runs * groups)
+    scale = stored.view(torch.float8_e4m3fn if section.scale_bytes == 1 else torch.float16)
+    return (x.unflatten(-1, (groups, -1)) * scale.float().unflatten(1, (runs, groups, 1))).flatten(-2)
 
 
 def _get(records: Tensor, offset: int, nbytes: int) -> Tensor:

@@ -5,7 +5,7 @@
 Arguments of kernels have no Python types; comments give shapes. All is computed in float32 after loads;
 only operands of matrix products are rounded, to DOT. A *plane* argument is a constant `PlaneSpec`, used by
 index: 0 bits, 1 channels, 2 width, 3 first channel, 4 by tokens, 5 group size, 6 codes, 7 scales, 8 zeros,
-9 unit steps.
+9 steps (0 adaptive, 1 scaled, 2 unit), 10 levels (0 uniform, 1 normal, 2 e2m1, 3 e4m3), 11 magnitudes, 12 clip.
 Channels are contiguous. ALIGNED says that a tensor and all its strides are multiples of 16 bytes, so that rows are
 read in wide pieces; `tl.multiple_of` passes it on, and only where the address is computed: not from a helper.
 Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with merge is
@@ -45,27 +45,88 @@ def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _load_groups(base, run, run_mask, start, G: tl.constexpr, LENGTH: tl.constexpr, L: tl.constexpr):
-    """One float16 per group, spread over the positions start .. start + L: float32 [R, L] or [R, 1].
+def _e4m3_values(codes):
+    """Numbers of e4m3: their bits lie in a float32's as they are, but for the exponent's bias."""
+    bits = ((codes & 128) << 24) | ((codes & 127) << 20)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def _e4m3_codes(x):
+    """To the nearest, halves to even; 448 where x is larger: int32."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 24) & 128
+    size = tl.abs(x)
+    bits = bits & 0x7FFFFFFF
+    small = ((size * 512.0 + ROUND) - ROUND).to(tl.int32)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    code = tl.where(size < 0.015625, small, normal)
+    return sign | tl.where(size >= 448.0, 126, code)
+
+
+@triton.jit
+def _level_values(codes, PLANE: tl.constexpr):
+    """What codes of levels that are no uniform grid stand for: float32."""
+    if PLANE[10] == 3:
+        return _e4m3_values(codes)
+    else:
+        HALF_RANGE: tl.constexpr = 1 << (PLANE[0] - 1)
+        index = codes & (HALF_RANGE - 1)
+        size = tl.zeros(codes.shape, tl.float32)
+        for i in tl.static_range(HALF_RANGE):
+            size = tl.where(index == i, PLANE[11][i], size)
+        return tl.where(codes >= HALF_RANGE, -size, size)
+
+
+@triton.jit
+def _nearest_levels(x, PLANE: tl.constexpr):
+    """Codes of the levels nearest to x, of two as near the smaller one: int32."""
+    if PLANE[10] == 3:
+        return _e4m3_codes(x)
+    else:
+        HALF_RANGE: tl.constexpr = 1 << (PLANE[0] - 1)
+        size = tl.abs(x)
+        index = tl.zeros(x.shape, tl.int32)
+        for i in tl.static_range(HALF_RANGE - 1):
+            index += (size > (PLANE[11][i] + PLANE[11][i + 1]) / 2).to(tl.int32)
+        return tl.where(x < 0, index + HALF_RANGE, index)
+
+
+@triton.jit
+def _scale_at(at, mask, SMALL: tl.constexpr):
+    """Scales at `at`: float16, or e4m3 if SMALL; 0 where not `mask`."""
+    x = tl.load(at, mask=mask, other=0)
+    if SMALL:
+        return _e4m3_values(x.to(tl.int32))
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _load_groups(
+    base, run, run_mask, start, G: tl.constexpr, LENGTH: tl.constexpr, L: tl.constexpr, SMALL: tl.constexpr
+):
+    """One float16 (e4m3 if SMALL) per group, spread over the positions start .. start + L: float32 [R, L] or [R, 1].
 
     Where it can, a group's value is loaded once and broadcast: a load per element costs more than its code.
     """
     GROUPS: tl.constexpr = LENGTH // G
-    rows = base.to(tl.pointer_type(tl.float16)) + run[:, None] * GROUPS
+    KIND: tl.constexpr = tl.uint8 if SMALL else tl.float16
+    rows = base.to(tl.pointer_type(KIND)) + run[:, None] * GROUPS
     if GROUPS == 1:
-        return tl.load(rows, mask=run_mask[:, None], other=0).to(tl.float32)
+        return _scale_at(rows, run_mask[:, None], SMALL)
     elif G % L == 0:
-        return tl.load(rows + start // G, mask=run_mask[:, None], other=0).to(tl.float32)
+        return _scale_at(rows + start // G, run_mask[:, None], SMALL)
     elif L % G == 0:
         group = start // G + tl.arange(0, L // G)
         mask = run_mask[:, None] & (group < GROUPS)[None, :]
-        x = tl.load(rows + group[None, :], mask=mask, other=0).to(tl.float32)
+        x = _scale_at(rows + group[None, :], mask, SMALL)
         R: tl.constexpr = x.shape[0]
         return tl.broadcast_to(x[:, :, None], [R, L // G, G]).reshape([R, L])
     else:
         pos = start + tl.arange(0, L)
         mask = run_mask[:, None] & (pos < LENGTH)[None, :]
-        return tl.load(rows + (pos // G)[None, :], mask=mask, other=0).to(tl.float32)
+        return _scale_at(rows + (pos // G)[None, :], mask, SMALL)
 
 
 @triton.jit
@@ -90,13 +151,19 @@ def _load_runs(
     elif PLANE[0] == 16:
         at = base.to(tl.pointer_type(HALF)) + run[:, None] * LENGTH + pos[None, :]
         return tl.load(at, mask=mask, other=0).to(tl.float32)
-    elif PLANE[9]:
+    elif PLANE[10] != 0:
+        codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH)
+        x = _level_values(codes, PLANE)
+        if PLANE[9] == 1:
+            x = x * _load_groups(page + PLANE[7], run, run_mask, start, PLANE[5], LENGTH, L, PLANE[10] == 2)
+        return tl.where(mask, x, 0.0)
+    elif PLANE[9] == 2:
         codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH).to(tl.float32)
         return tl.where(mask, codes + (0.5 - (1 << (PLANE[0] - 1))), 0.0)
     else:
         codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH).to(tl.float32)
-        scale = _load_groups(page + PLANE[7], run, run_mask, start, PLANE[5], LENGTH, L)
-        zero = _load_groups(page + PLANE[8], run, run_mask, start, PLANE[5], LENGTH, L)
+        scale = _load_groups(page + PLANE[7], run, run_mask, start, PLANE[5], LENGTH, L, False)
+        zero = _load_groups(page + PLANE[8], run, run_mask, start, PLANE[5], LENGTH, L, False)
         return codes * scale + zero
 
 
@@ -435,6 +502,46 @@ def _load_exact(x, token_stride, run, run_mask, pos, inside, PLANE: tl.constexpr
 
 
 @triton.jit
+def _quantise_levels(
+    x, run, run_mask, pos, inside, page, PLANE: tl.constexpr, LENGTH: tl.constexpr, METADATA: tl.constexpr
+):
+    """Codes of x [R, STRIPS, SPAN] by levels, and the scales of its groups; see `level_codes` in levels.py."""
+    if PLANE[9] == 2:
+        return _nearest_levels(x, PLANE)
+    else:
+        GROUPS: tl.constexpr = LENGTH // PLANE[5]
+        group = tl.where(inside, pos // PLANE[5], GROUPS)
+        codes = tl.zeros(x.shape, tl.int32)
+        one = tl.full(run.shape, 1.0, tl.float32)
+        for g in range(GROUPS):
+            here = (group == g)[None, :, :]
+            own = tl.where(here, x, 0.0)
+            if PLANE[10] == 2:
+                most = tl.max(tl.max(tl.abs(own), 2), 1)
+                wanted = tl.minimum(tl.maximum(tl.div_rn(most, one * 6.0), 0.001953125), 448.0)
+                code = _e4m3_codes(wanted)
+                divisor = _e4m3_values(code)
+            else:
+                squares = tl.sum(tl.sum(own * own, 2), 1)
+                spread = tl.sqrt_rn(tl.div_rn(squares, one * PLANE[5]))
+                spread = tl.minimum(tl.maximum(spread, 1e-6), 65504.0)
+                divisor = spread.to(tl.float16).to(tl.float32)
+            found = _nearest_levels(tl.div_rn(own, tl.broadcast_to(divisor[:, None, None], own.shape)), PLANE)
+            codes = tl.where(here, found, codes)
+            if METADATA:
+                at = run * GROUPS + g
+                if PLANE[10] == 2:
+                    tl.store(page + PLANE[7] + at, code.to(tl.uint8), mask=run_mask)
+                else:
+                    levels = tl.where(here, _level_values(found, PLANE), 0.0)
+                    length = tl.sum(tl.sum(levels * levels, 2), 1)
+                    scale = tl.minimum(tl.sqrt_rn(tl.div_rn(squares, length)), 65504.0).to(tl.float16)
+                    scales = (page + PLANE[7]).to(tl.pointer_type(tl.float16))
+                    tl.store(scales + at, scale, mask=run_mask)
+        return codes
+
+
+@triton.jit
 def _quantise(
     x, token_stride, run, run_mask, page, PLANE: tl.constexpr, LENGTH: tl.constexpr, STRIPS: tl.constexpr,
     SPAN: tl.constexpr, METADATA: tl.constexpr, ALIGNED: tl.constexpr,
@@ -448,7 +555,9 @@ def _quantise(
     pos = (tl.arange(0, STRIPS) * (LENGTH // STRIPS))[:, None] + i[None, :]
     inside = tl.broadcast_to(i[None, :] < LENGTH // STRIPS, [STRIPS, SPAN])
     x = _load_exact(x, token_stride, run, run_mask, pos, inside, PLANE, ALIGNED)
-    if PLANE[9]:
+    if PLANE[10] != 0:
+        return _quantise_levels(x, run, run_mask, pos, inside, page, PLANE, LENGTH, METADATA)
+    if PLANE[9] == 2:
         code = tl.floor(x) + (1 << (PLANE[0] - 1))
         return tl.minimum(tl.maximum(code, 0.0), LEVELS).to(tl.int32)
     G: tl.constexpr = PLANE[5] if PLANE[5] else 1
@@ -460,6 +569,9 @@ def _quantise(
         here = (group == g)[None, :, :]
         low = tl.min(tl.min(tl.where(here, x, float("inf")), 2), 1)
         high = tl.max(tl.max(tl.where(here, x, float("-inf")), 2), 1)
+        if PLANE[12] != 1.0:
+            low = low * PLANE[12]
+            high = high * PLANE[12]
         g_zero = low.to(tl.float16).to(tl.float32)
         levels = tl.full(g_zero.shape, LEVELS, tl.float32)
         g_scale = tl.div_rn(high - g_zero, levels).to(tl.float16).to(tl.float32)

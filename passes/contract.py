@@ -52,10 +52,6 @@ class Compilation:
         """The attention layers as the graph has them now, by layer."""
         return [attention_spec(node) for node in attention_nodes(self.graph.module)]
 
-    def paged(self) -> list[int]:
-        """Layers that have pages; the others use sliding windows and stay as they are."""
-        return [i for i, layer in enumerate(self.plan.layers) if layer.page]
-
     def update(self, layer: int, **changes: Any) -> None:
         """Replace fields of one layer's plan. Raises PassError when the result contradicts itself."""
         try:
@@ -94,6 +90,14 @@ class Pass(BaseModel, ABC):
     def requires_profile(self) -> bool:
         """Whether these parameters need calibration statistics."""
         return self.needs_profile
+
+    def paged(self, compilation: Compilation) -> list[tuple[int, LayerPlan]]:
+        """Layers that have pages, with their plans; the others use sliding windows, stay exact, and get a Note."""
+        for index, layer in enumerate(compilation.plan.layers):
+            if not layer.page:
+                text = f"sliding window of {layer.window} tokens stays exact"
+                self.note(compilation, index, text, fired=False)
+        return [(i, layer) for i, layer in enumerate(compilation.plan.layers) if layer.page]
 
     def note(self, compilation: Compilation, layer: int, text: str, fired: bool = True) -> None:
         """Record what this pass did to `layer`, or (fired False) why it did nothing there."""

@@ -26,12 +26,7 @@ class Kitty(Pass):
     group_size: int = Field(64, ge=8, description="tokens (K) or channels (V) that share a scale and a zero")
 
     def apply(self, compilation: Compilation) -> None:
-        for index, layer in enumerate(compilation.plan.layers):
-            if not layer.page:
-                self.note(
-                    compilation, index, f"sliding window of {layer.window} tokens stays exact", fired=False
-                )
-                continue
+        for index, layer in self.paged(compilation):
             if layer.page % self.group_size or layer.v_dim % self.group_size:
                 raise PassError(
                     f"layer {index}: group_size {self.group_size} must divide the page of {layer.page} tokens and "

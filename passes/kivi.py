@@ -32,12 +32,7 @@ class Kivi(Pass):
     )
 
     def apply(self, compilation: Compilation) -> None:
-        for index, layer in enumerate(compilation.plan.layers):
-            if not layer.page:
-                self.note(
-                    compilation, index, f"sliding window of {layer.window} tokens stays exact", fired=False
-                )
-                continue
+        for index, layer in self.paged(compilation):
             self._check(index, layer)
             heads = tuple(self._head(head) for head in layer.heads)
             recent = layer.recent if self.residual is None else self.residual

@@ -46,33 +46,28 @@ class Think(Pass):
         return self.mode != "request" or self.value_keep_ratio < 1
 
     def apply(self, compilation: Compilation) -> None:
-        for index, plan in enumerate(compilation.plan.layers):
-            if not plan.page:
-                self.note(
-                    compilation, index, f"sliding window of {plan.window} tokens stays exact", fired=False
-                )
+        layers = [index for index, _ in self.paged(compilation)]
         if self.mode == "request":
-            self._request(compilation)
+            self._request(compilation, layers)
         else:
-            self._static(compilation)
+            self._static(compilation, layers)
         if self.value_keep_ratio < 1:
-            for index in compilation.paged():
+            for index in layers:
                 kept = drop_value_channels(compilation, index, self.value_keep_ratio)
                 self.note(compilation, index, f"V keeps {kept} channels, for every token")
 
-    def _request(self, compilation: Compilation) -> None:
+    def _request(self, compilation: Compilation, layers: list[int]) -> None:
         if self.allocation == "global":
             raise PassError(
                 "think: mode request keeps the same number of channels everywhere; use allocation: uniform"
             )
-        for index in compilation.paged():
+        for index in layers:
             layer = compilation.plan.layers[index]
             kept = uniform(layer.kv_heads, layer.k_dim, self.keep_ratio)
             compilation.update(index, select="request", heads=_narrowed(layer.heads, kept))
             self.note(compilation, index, f"K keeps {kept[0]} of {layer.k_dim} channels, chosen per request")
 
-    def _static(self, compilation: Compilation) -> None:
-        layers = compilation.paged()
+    def _static(self, compilation: Compilation, layers: list[int]) -> None:
         orders, costs = zip(*(self._ranking(compilation, i) for i in layers)) if layers else ((), ())
         if self.allocation == "global":
             counts = allocate(list(costs), self.keep_ratio)

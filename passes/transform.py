@@ -46,10 +46,7 @@ class Transform(Pass):
     shrinkage: float = Field(0.1, ge=0, le=1, description="of the metric towards the identity")
 
     def apply(self, compilation: Compilation) -> None:
-        layers = compilation.paged()
-        for index in set(range(len(compilation.plan.layers))) - set(layers):
-            window = compilation.plan.layers[index].window
-            self.note(compilation, index, f"sliding window of {window} tokens stays exact", fired=False)
+        layers = [index for index, _ in self.paged(compilation)]
         coders = [self._coders(compilation, index) for index in layers]
         widths = self._widths(compilation, layers, coders)
         for index, (k, v), (k_bits, v_bits) in zip(layers, coders, widths):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvcc.kernels import reference
-from kvcc.kernels.layout import PageLayout, Plane, Side, page_layout
+from kvcc.kernels.layout import Groups, PageLayout, Plane, Side, Steps, page_layout
+from kvcc.kernels.levels import Levels
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
 
@@ -86,6 +87,14 @@ def unit(groups: str, *planes: tuple[int, int], scales: bool = True) -> Side:
         steps="unit",
         token_scales=scales,
     )
+
+
+def levelled(
+    levels: Levels, bits: int, channels: int, group_size: int = 0, groups: Groups = "channels"
+) -> Side:
+    """A Side of one plane of `levels`, with scales of groups or, without group_size, in steps of 1."""
+    steps: Steps = "scaled" if group_size else "unit"
+    return Side((Plane(bits, channels),), groups, group_size, steps=steps, levels=levels)
 
 
 def build(spec: Spec, device: torch.device | str = "cpu") -> Case:
@@ -212,6 +221,7 @@ def _layouts() -> Iterator[Spec]:
         lengths=(700,),
     )
     yield from _unit_steps()
+    yield from _levels()
     mostly_pruned = side("tokens", 64, (4, 1))
     yield Spec("narrow-k1", (mostly_pruned,), (v,), bias=True)
 
@@ -234,6 +244,23 @@ def _unit_steps() -> Iterator[Spec]:
     by_token = unit("channels", (4, 64))
     yield Spec("unit-by-token", (by_token,), (unit("tokens", (2, 40), (8, 24)),))
     yield Spec("unit-no-keys", (unit("tokens"),), (unit("channels", (2, 64)),), bias=True)
+
+
+def _levels() -> Iterator[Spec]:
+    fp8 = levelled("e4m3", 8, 64)
+    yield Spec("fp8", (fp8, fp8), (fp8, fp8), group=3)
+    yield Spec("fp8-float16", (fp8,), (fp8,), group=3, dtype=torch.float16, queries=5)
+    block = levelled("e2m1", 4, 64, 16)
+    yield Spec("nvfp4", (block, block), (block, block), group=3)
+    yield Spec("nvfp4-bfloat16", (block,), (block,), dtype=torch.bfloat16, lengths=(300, 90), bias=True)
+    yield Spec("nvfp4-by-channel", (levelled("e2m1", 4, 39, 32, "tokens"),), (levelled("e2m1", 4, 40, 8),))
+    for bits in (1, 2, 3, 4):
+        k = levelled("normal", bits, 64, 64)
+        v = levelled("normal", bits, 64, 32)
+        yield Spec(f"normal{bits}", (k, k), (v, v), group=3)
+    yield Spec("normal-unit", (levelled("normal", 3, 64, 0, "tokens"),), (levelled("normal", 2, 40),))
+    clipped = replace(side("channels", 32, (2, 64)), clip=92)
+    yield Spec("clipped", (clipped, clipped), (clipped, clipped))
 
 
 def _shapes() -> Iterator[Spec]:

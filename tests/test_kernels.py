@@ -1,9 +1,11 @@
 """Every kernel backend against the reference, and that against the page format read bit by bit."""
 
 import ctypes
+import itertools
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +18,7 @@ from kvcc.errors import KernelUnavailable
 from kvcc.kernels import build as compiled
 from kvcc.kernels import cpu, reference
 from kvcc.kernels.layout import PageLayout, Section, page_layout
+from kvcc.kernels.levels import NORMAL, Levels, nearest, values_of
 from kvcc.kernels.pool import PagePool
 from tests.kernel_cases import SPECS, Case, Spec, build, side, tolerance
 
@@ -63,10 +66,32 @@ def naive_section(layout: PageLayout, s: Section, record: np.ndarray) -> np.ndar
                 out[token, channel] = torch.frombuffer(bytearray(raw), dtype=dtype).item()
                 continue
             code = code_at(record, s.codes + run * length * s.bits // 8, s.bits, length, i)
+            if s.levels != "uniform":
+                out[token, channel] = naive_level(s, code) * naive_scale(s, record, at)
+                continue
             group = 2 * (at // s.group_size)
             scale, zero = (record[b + group : b + group + 2].view(np.float16)[0] for b in (s.scales, s.zeros))
             out[token, channel] = code * float(scale) + float(zero)
     return out
+
+
+def naive_level(s: Section, code: int) -> float:
+    """What a code of a sign and a magnitude stands for."""
+    sign, size = (-1) ** (code >> (s.bits - 1)), code & ((1 << (s.bits - 1)) - 1)
+    if s.levels == "normal":
+        return sign * NORMAL[s.bits][size]
+    mantissa, least = (3, -6) if s.levels == "e4m3" else (1, 0)
+    exponent, fraction = size >> mantissa, (size & ((1 << mantissa) - 1)) / 2**mantissa
+    return float(sign * (fraction if exponent == 0 else (1 + fraction) * 2.0 ** (exponent - 1)) * 2.0**least)
+
+
+def naive_scale(s: Section, record: np.ndarray, at: int) -> float:
+    if s.steps == "unit":
+        return 1.0
+    if s.levels == "e2m1":
+        return naive_level(replace(s, levels="e4m3", bits=8), int(record[s.scales + at // s.group_size]))
+    place = s.scales + 2 * (at // s.group_size)
+    return float(record[place : place + 2].view(np.float16)[0])
 
 
 def naive_attend(case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -123,7 +148,8 @@ def naive_pages(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray]:
 NAIVE = [
     "k2v4-float16", "raw16-bfloat16", "mixed-planes", "odd-mixed", "per-head", "v-by-channel", "k3v3-group8",
     "k8v8-group32", "k-by-token", "page-24", "bias-softcap-queries5", "sinks0-length96", "sinks16-length111",
-    "queries5", "sliding-sinks4", "sliding-sinks0",
+    "fp8", "nvfp4", "nvfp4-by-channel", "normal3", "normal-unit", "clipped", "queries5",
+    "sliding-sinks4", "sliding-sinks0",
 ]  # fmt: skip
 
 
@@ -138,6 +164,27 @@ def test_reference_is_what_the_format_says(spec: Spec) -> None:
 
 def test_naive_cases_exist() -> None:
     assert set(NAIVE) <= {s.name for s in SPECS}
+
+
+@pytest.mark.parametrize(("levels", "bits"), [("normal", 1), ("normal", 3), ("e2m1", 4), ("e4m3", 8)])
+def test_reference_levels_are_nearest(levels: Levels, bits: int) -> None:
+    x = torch.cat([torch.linspace(-7, 7, 4001), torch.tensor([0.0, -0.0, 1e-9, -1e-9, 500.0, -1e6])])
+    every = values_of(torch.arange(2**bits).to(torch.uint8), levels, bits)
+    every = every[every.isfinite()]
+    found = values_of(nearest(x, levels, bits), levels, bits)
+    best = (every - x[:, None]).abs().amin(-1)
+    torch.testing.assert_close((found - x).abs(), best, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_normal_levels_are_means_of_what_they_stand_for(bits: int) -> None:
+    """The condition of Lloyd and Max, for a normal variable."""
+    levels = NORMAL[bits]
+    edges = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(levels)), 40.0]
+    for level, low, high in zip(levels, edges, edges[1:]):
+        below, above = (math.exp(-x * x / 2) / math.sqrt(2 * math.pi) for x in (low, high))
+        share = (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+        assert (below - above) / share == pytest.approx(level, abs=2e-6)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -34,6 +34,15 @@ SETTINGS = {
         "{bits: 2, k_basis: dual, v_basis: dual, token_scales: false}",
         "{bits: 8.5, k_basis: hadamard, v_basis: native}",
     ],
+    "nvfp4": ["{}", "{group_size: 8}"],
+    "int8": ["{}", "{scales: head, margin: 1.2}"],
+    "fp8": ["{}", "{scale: one}"],
+    "turboquant": [
+        "{}",
+        "{k_bits: 3, v_bits: 2, v_levels: uniform}",
+        "{k_bits: 1, v_bits: 3, exact_layers: 1}",
+    ],
+    "oscar": ["{}", "{k_bits: 4, group_size: 8, k_clip: 100}"],
     "fold-values": ["{}", "{mean: false, basis: hadamard}", "{basis: pca}"],
 }
 # What a pass must refuse, by (pass, setting, architecture), with the reason it must give.
