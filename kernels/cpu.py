@@ -22,8 +22,11 @@ FIELDS = 11  # of a section
 ELEMENT = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # the C file's enum
 
 
+LAYOUT_FIELDS = ("sections", "index", "token_scales", "tokens", "half", "page_tokens", "rest")
+
+
 class _Layout(ctypes.Structure):
-    _fields_ = [(f, c_int64) for f in ("sections", "index", "token_scales", "tokens", "half")]
+    _fields_ = [(f, c_int64) for f in LAYOUT_FIELDS]
 
 
 class _Array(ctypes.Structure):
@@ -65,11 +68,12 @@ class _Described:
     sections: Tensor  # [sections, FIELDS] int64
     index: Tensor  # [2 Hkv + 1] int64: head h's K sections begin at 2h, its V sections at 2h + 1
     token_scales: Tensor  # [2 Hkv] int64: of head h's K at 2h, of its V at 2h + 1; -1 for none
-    max_section: int  # codes
+    rest: "_Described | None"
+    max_section: int  # codes, of all classes of tokens
     max_metadata: int  # scales
 
 
-NO_PAGES = _Layout(0, 0, 0, 0, 0)
+NO_PAGES = _Layout(0, 0, 0, 0, 0, 0, 0)
 
 
 def available() -> str | None:
@@ -171,8 +175,13 @@ def _describe(layout: PageLayout) -> _Described:
     codes = [layout.tokens * row[1] for row in rows]
     metadata = [layout.tokens * row[1] // row[4] for row in rows if row[0] < 16 and row[4]]
     pointers = (x.data_ptr() for x in (sections_, index_, scales_))
-    record = _Layout(*pointers, layout.tokens, ELEMENT[layout.half])
-    return _Described(record, sections_, index_, scales_, max(codes, default=0), max(metadata, default=0))
+    rest = None if layout.rest is None else _describe(layout.rest)
+    behind = 0 if rest is None else ctypes.addressof(rest.record)
+    record = _Layout(*pointers, layout.tokens, ELEMENT[layout.half], layout.page_tokens, behind)
+    if rest is not None:
+        codes, metadata = [*codes, rest.max_section], [*metadata, rest.max_metadata]
+    largest = max(codes, default=0), max(metadata, default=0)
+    return _Described(record, sections_, index_, scales_, rest, *largest)
 
 
 def _section_row(s: Section) -> list[int]:

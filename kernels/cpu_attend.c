@@ -19,12 +19,14 @@ typedef struct {
 enum { ADAPTIVE, SCALED, UNIT };          /* steps */
 enum { UNIFORM, NORMAL, E2M1, E4M3 };     /* levels; kernels/levels.py numbers them the same */
 
-typedef struct {
+typedef struct Layout {
     const Section *sections; /* of head h, side s (0: K, 1: V): index[2h + s] up to index[2h + s + 1] */
     const i64 *index;
     const i64 *token_scales; /* of head h, side s: where a page has them, at 2h + s; -1: nowhere */
     i64 tokens; /* of a page; 0: no pages */
     i64 half;   /* element type of 16-bit planes */
+    i64 page_tokens;           /* of all classes of tokens */
+    const struct Layout *rest; /* of the tokens behind the first `tokens` of a page, or null */
 } Layout;
 
 typedef struct {
@@ -676,22 +678,22 @@ static void attend_window(const Attend *c, const Unit *u, Scratch *t, i64 first,
     nn(c->window_v.type, u->rows, t->logits, ld, 1, v, c->window_v.stride[2], count, c->dv, t->out, c->dv);
 }
 
-static void attend_page(const Attend *c, const Unit *u, Scratch *t, const char *page, i64 ld) {
-    const i64 *index = c->layout.index + 2 * u->head;
-    const Section *sections = c->layout.sections;
+static void attend_page(const Attend *c, const Layout *layout, const Unit *u, Scratch *t, const char *page, i64 ld) {
+    const i64 *index = layout->index + 2 * u->head;
+    const Section *sections = layout->sections;
     memset(t->logits, 0, sizeof(float) * u->rows * ld);
     for (int side = 0; side < 2; side++) {
         const Section *first = sections + index[side], *last = sections + index[side + 1];
         for (const Section *s = first; s < last; s++) {
             if (side == 0)
-                section_product(&c->layout, 0, s, page, t, u->rows, t->q_pages, c->k_channels, t->logits, ld);
+                section_product(layout, 0, s, page, t, u->rows, t->q_pages, c->k_channels, t->logits, ld);
             else
-                section_product(&c->layout, 1, s, page, t, u->rows, t->logits, ld, t->out, c->dv);
+                section_product(layout, 1, s, page, t, u->rows, t->logits, ld, t->out, c->dv);
         }
         if (side == 0) {
-            times_token_scales(&c->layout, u->head, 0, page, u->rows, t->logits, ld);
-            online_softmax(c, u, t, c->layout.tokens, ld, 1);
-            times_token_scales(&c->layout, u->head, 1, page, u->rows, t->logits, ld);
+            times_token_scales(layout, u->head, 0, page, u->rows, t->logits, ld);
+            online_softmax(c, u, t, layout->tokens, ld, 1);
+            times_token_scales(layout, u->head, 1, page, u->rows, t->logits, ld);
         }
     }
 }
@@ -757,7 +759,8 @@ static void attend_unit(const Attend *c, const Unit *u, Scratch *t, float *parts
     if (u->pages) head_record(&c->layout, u->head, &first, &bytes);
     for (i64 p = 0; p < u->pages; p++) {
         if (p + 1 < u->pages) prefetch((const char *)c->addresses[ids[p + 1]] + first, bytes);
-        attend_page(c, u, t, (const char *)c->addresses[ids[p]], ld);
+        for (const Layout *part = &c->layout; part; part = part->rest)
+            attend_page(c, part, u, t, (const char *)c->addresses[ids[p]], ld);
     }
     if (u->splits == 1) {
         write_rows(c, u, t->out, t->most, t->total);
@@ -793,7 +796,7 @@ static i64 list_units(const Attend *c, i64 chunk, Unit *units, i64 *parts) {
     i64 rows = c->n * (c->q_heads / c->kv_heads), count = 0;
     *parts = 0;
     for (i64 b = 0; b < c->batch; b++) {
-        i64 pages = c->layout.tokens ? c->sealed[b] / c->layout.tokens : 0;
+        i64 pages = c->layout.tokens ? c->sealed[b] / c->layout.page_tokens : 0;
         i64 splits = MAX(1, (pages + chunk - 1) / chunk);
         for (i64 h = 0; h < c->kv_heads; h++)
             for (i64 row = 0; row < rows; row += TILE_ROWS)
@@ -809,7 +812,7 @@ static i64 list_units(const Attend *c, i64 chunk, Unit *units, i64 *parts) {
 
 static i64 page_chunk(const Attend *c) {
     i64 rows = c->n * (c->q_heads / c->kv_heads), tiles = (rows + TILE_ROWS - 1) / TILE_ROWS, pages = 0;
-    for (i64 b = 0; b < c->batch && c->layout.tokens; b++) pages += c->sealed[b] / c->layout.tokens;
+    for (i64 b = 0; b < c->batch && c->layout.tokens; b++) pages += c->sealed[b] / c->layout.page_tokens;
     return MAX(MIN_PAGES, (pages * c->kv_heads * tiles + 8 * c->threads - 1) / (8 * c->threads));
 }
 
@@ -838,7 +841,7 @@ int kvcc_attend(const Attend *c) {
     i64 chunk = page_chunk(c), parts_count;
     i64 count = list_units(c, chunk, NULL, &parts_count);
     i64 rows = MIN(TILE_ROWS, c->n * (c->q_heads / c->kv_heads));
-    i64 ld = ROUND_UP(MAX(c->layout.tokens, WINDOW_CHUNK), VL);
+    i64 ld = ROUND_UP(MAX(c->layout.page_tokens, WINDOW_CHUNK), VL);
     Unit *units = malloc(sizeof(Unit) * MAX(count, 1));
     float *parts = malloc(sizeof(float) * MAX(parts_count * TILE_ROWS * (c->dv + 2), 1));
     int failed = !units || !parts;
@@ -1050,8 +1053,8 @@ static void add_errors(const float *x, i64 n, float half_range, float errors[16]
 }
 
 /* Choose and store the scales of a head's tokens, for one side of a page; see kernels/token_scales.py. */
-static void seal_token_scales(const Seal *c, int side, i64 n, i64 h, float *x, float *scales) {
-    const Layout *layout = &c->layout;
+static void seal_token_scales(const Seal *c, const Layout *layout, i64 first_token, int side, i64 n, i64 h, float *x,
+                              float *scales) {
     const Array *from = side ? &c->v : &c->k;
     i64 tokens = layout->tokens, first = layout->index[2 * h + side], last = layout->index[2 * h + side + 1];
     char *page = (char *)c->addresses[n];
@@ -1060,7 +1063,7 @@ static void seal_token_scales(const Seal *c, int side, i64 n, i64 h, float *x, f
     zero_tail(page, layout->token_scales[2 * h + side] + tokens / 2);
     for (i64 t = 0; t < tokens; t++) {
         float errors[16] = {0};
-        const char *row = element(from, n, h, t);
+        const char *row = element(from, n, h, first_token + t);
         for (i64 j = first; j < last; j++) {
             const Section *s = layout->sections + j;
             for (i64 d = 0; d < s->channels; d++) x[d] = element_at(from->type, row, (s->first + d) * from->stride[3]);
@@ -1079,6 +1082,23 @@ static void over_scales(const Section *s, i64 tokens, const float *scales, float
         for (i64 d = 0; d < s->channels; d++) x[s->by_token ? t * s->channels + d : d * tokens + t] /= scales[t];
 }
 
+/* One side of a head, of the tokens of one class. */
+static void seal_side(const Seal *c, const Layout *layout, i64 first_token, int side, i64 n, i64 h, float *x,
+                      uint8_t *codes, float *token_scales) {
+    const Array *from = side ? &c->v : &c->k;
+    const float *scales = NULL;
+    if (layout->token_scales[2 * h + side] >= 0) {
+        seal_token_scales(c, layout, first_token, side, n, h, x, token_scales);
+        scales = token_scales;
+    }
+    for (i64 j = layout->index[2 * h + side]; j < layout->index[2 * h + side + 1]; j++) {
+        const Section *s = layout->sections + j;
+        gather(from->type, s, layout->tokens, element(from, n, h, first_token), from->stride[2], from->stride[3], x);
+        if (scales) over_scales(s, layout->tokens, scales, x);
+        seal_section(layout, s, x, codes, (char *)c->addresses[n]);
+    }
+}
+
 /* Returns 0, or 1 when memory is short. */
 int kvcc_seal(const Seal *c) {
     int failed = 0;
@@ -1089,8 +1109,8 @@ int kvcc_seal(const Seal *c) {
     {
         float *x = malloc(sizeof(float) * MAX(c->max_section, 1));
         uint8_t *codes = malloc(MAX(c->max_section, 1));
-        float *tokens_scales = malloc(sizeof(float) * MAX(c->layout.tokens, 1));
-        if (!x || !codes || !tokens_scales) {
+        float *token_scales = malloc(sizeof(float) * MAX(c->layout.page_tokens, 1));
+        if (!x || !codes || !token_scales) {
 #ifdef _OPENMP
 #pragma omp atomic write
 #endif
@@ -1100,26 +1120,16 @@ int kvcc_seal(const Seal *c) {
 #pragma omp for schedule(static)
 #endif
         for (i64 i = 0; i < count; i++) {
-            if (!x || !codes || !tokens_scales) continue;
+            if (!x || !codes || !token_scales) continue;
             i64 n = i / c->kv_heads, h = i % c->kv_heads;
-            for (int side = 0; side < 2; side++) {
-                const Array *from = side ? &c->v : &c->k;
-                const float *scales = NULL;
-                if (c->layout.token_scales[2 * h + side] >= 0) {
-                    seal_token_scales(c, side, n, h, x, tokens_scales);
-                    scales = tokens_scales;
-                }
-                for (i64 j = c->layout.index[2 * h + side]; j < c->layout.index[2 * h + side + 1]; j++) {
-                    const Section *s = c->layout.sections + j;
-                    gather(from->type, s, c->layout.tokens, element(from, n, h, 0), from->stride[2], from->stride[3], x);
-                    if (scales) over_scales(s, c->layout.tokens, scales, x);
-                    seal_section(&c->layout, s, x, codes, (char *)c->addresses[n]);
-                }
-            }
+            i64 first_token = 0;
+            for (const Layout *part = &c->layout; part; first_token += part->tokens, part = part->rest)
+                for (int side = 0; side < 2; side++)
+                    seal_side(c, part, first_token, side, n, h, x, codes, token_scales);
         }
         free(x);
         free(codes);
-        free(tokens_scales);
+        free(token_scales);
     }
     return failed;
 }

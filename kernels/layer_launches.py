@@ -54,7 +54,7 @@ def layer_launches(shape: LayerShape, queries: int = 1) -> list[triton.Launch]:
         triton.attend(cached, q, q_pages, 1.0, 1.0 if shape.capped else 0.0, bias)
         if shape.layout is not None and pool is not None:
             k, v = (
-                torch.zeros(BATCH, shape.kv_heads, shape.layout.tokens, channels, dtype=dtype)
+                torch.zeros(BATCH, shape.kv_heads, shape.layout.page_tokens, channels, dtype=dtype)
                 for channels, dtype in (
                     (k_channels, torch.float32 if shape.based else shape.exact),
                     (shape.v_dim, shape.exact),

@@ -24,9 +24,12 @@ width-2 run followed by a width-1 run of the third bits.
 `groups = "tokens"`: codes [channels][tokens], an adaptive scale per channel and group_size tokens.
 `groups = "channels"`: codes [tokens][channels], an adaptive scale per token and group_size channels.
 Widths 16 and 32 are raw floats in the same order as codes, without scales.
+
+Where a page's tokens are of two classes, the tokens of the first come first, stored as above, and a second record
+follows with those of the other. Attention does not mind the order of tokens, so no index is kept.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -125,6 +128,19 @@ class PageLayout:
     half: torch.dtype
     k_token_scales: tuple[int | None, ...] = ()  # by head: where they lie
     v_token_scales: tuple[int | None, ...] = ()
+    rest: "PageLayout | None" = (
+        None  # of the tokens behind the first `tokens`; places count from the same start
+    )
+
+    @property
+    def parts(self) -> tuple["PageLayout", ...]:
+        """One layout for each class of tokens, in the order in which they lie in a page."""
+        return (self,) if self.rest is None else (self, *self.rest.parts)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page, of all classes."""
+        return sum(part.tokens for part in self.parts)
 
     @property
     def k_channels(self) -> int:
@@ -134,6 +150,11 @@ class PageLayout:
     @property
     def v_channels(self) -> int:
         return max((_stored(s) for s in self.v), default=0)
+
+
+def joined(first: PageLayout, rest: PageLayout) -> PageLayout:
+    """The layout of pages with two classes of tokens; `rest` starts where `first` ends."""
+    return replace(first, nbytes=rest.nbytes, rest=rest)
 
 
 def _stored(sections: tuple[Section, ...]) -> int:
@@ -151,15 +172,19 @@ def packed_bytes(bits: int, codes: int) -> int:
 
 
 def page_layout(
-    tokens: int, k: tuple[Side, ...], v: tuple[Side, ...], half: torch.dtype = torch.float16
+    tokens: int,
+    k: tuple[Side, ...],
+    v: tuple[Side, ...],
+    half: torch.dtype = torch.float16,
+    start: int = 0,
 ) -> PageLayout:
-    """Lay out a page of `tokens` tokens for KV heads stored as k[h], v[h].
+    """Lay out a page of `tokens` tokens for KV heads stored as k[h], v[h], from byte `start` on.
 
     Raises PlanError when a width is unknown or a group or packed run does not come out even.
     """
     if tokens < 8 or tokens % 8:
         raise PlanError(f"page of {tokens} tokens: use a multiple of 8")
-    offset = 0
+    offset = start
     sections: dict[str, list[tuple[Section, ...]]] = {"K": [], "V": []}
     scales: dict[str, list[int | None]] = {"K": [], "V": []}
     for head, sides in enumerate(zip(k, v, strict=True)):

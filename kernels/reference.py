@@ -44,6 +44,16 @@ def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor) -> None:
     """See `Backend.seal`."""
     records = torch.zeros(len(pages), layout.nbytes, dtype=torch.uint8, device=k.device)
+    first = 0
+    for part in layout.parts:
+        some = slice(first, first + part.tokens)
+        _seal_part(part, k[:, :, some], v[:, :, some], records)
+        first += part.tokens
+    pool.write(pages, records)
+
+
+def _seal_part(layout: PageLayout, k: Tensor, v: Tensor, records: Tensor) -> None:
+    """The tokens of one class."""
     k, v, *scales = of_layout(layout, k, v)
     for stored, places in zip(scales, (layout.k_token_scales, layout.v_token_scales)):
         for head, place in enumerate(places):
@@ -54,7 +64,6 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
             for section in sections:
                 last = section.first_channel + section.channels
                 _seal_section(layout, section, x[:, head, :, section.first_channel : last], records)
-    pool.write(pages, records)
 
 
 def unit_codes(x: Tensor, bits: int) -> Tensor:
@@ -95,6 +104,11 @@ def unseal(layout: PageLayout, records: Tensor) -> tuple[Tensor, Tensor]:
 
     Channels beyond a narrower head's own are zero.
     """
+    k, v = zip(*(_unseal_part(part, records) for part in layout.parts))
+    return torch.cat(k, 2), torch.cat(v, 2)
+
+
+def _unseal_part(layout: PageLayout, records: Tensor) -> tuple[Tensor, Tensor]:
     n, tokens, device = len(records), layout.tokens, records.device
     k = torch.zeros(n, layout.kv_heads, tokens, layout.k_channels, device=device)
     v = torch.zeros(n, layout.kv_heads, tokens, layout.v_channels, device=device)
@@ -163,7 +177,7 @@ def attend(
         logits = _logits(q[row], cached.window_k[row][:, slots].float(), scale, None)
         values = cached.window_v[row][:, slots].float()
         if cached.layout is not None and cached.pool is not None and int(cached.sealed[row]):
-            ids = cached.table[row, : int(cached.sealed[row]) // cached.layout.tokens]
+            ids = cached.table[row, : int(cached.sealed[row]) // cached.layout.page_tokens]
             k, v = unseal(cached.layout, cached.pool.read(ids))
             bias = None if page_bias is None else page_bias[row]
             body = _logits(q_pages[row], k.transpose(0, 1).flatten(1, 2), scale, bias)

@@ -86,9 +86,9 @@ def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> st
         return f"the triton backend needs a CUDA or ROCm device, not {device.type}"
     if dtype not in DTYPES:
         return f"the triton backend takes float16, bfloat16 and float32, not {dtype}"
-    if layout.tokens > LARGEST_PAGE:
-        return f"the triton backend takes pages up to {LARGEST_PAGE} tokens, not {layout.tokens}"
-    widest = max((s.channels for head in layout.k + layout.v for s in head), default=0)
+    if layout.page_tokens > LARGEST_PAGE:
+        return f"the triton backend takes pages up to {LARGEST_PAGE} tokens, not {layout.page_tokens}"
+    widest = max((s.channels for part in layout.parts for head in part.k + part.v for s in head), default=0)
     if widest > WIDEST_PLANE:
         return f"the triton backend takes planes up to {WIDEST_PLANE} channels, not {widest}"
     return None
@@ -98,6 +98,15 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
     """See `Backend.seal`. One launch a class of heads; bytes between sections are left as they are."""
     if len(pages) == 0:
         return
+    first = 0
+    for part in layout.parts:
+        some = slice(first, first + part.tokens)
+        _seal_part(part, k[:, :, some], v[:, :, some], pool, pages)
+        first += part.tokens
+
+
+def _seal_part(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor) -> None:
+    """The tokens of one class."""
     k, v, k_scales, v_scales = of_layout(layout, k, v)
     k, v = _dense(k), _dense(v)
     for heads in head_classes(layout):
@@ -164,18 +173,23 @@ def attend(
     _, kv_heads, slots, v_dim = cached.window_v.shape
     group = q_heads // kv_heads
     page_splits, window_splits = _splits(cached, batch * kv_heads * -(-n * group // 32), q.device)
-    shape = (page_splits + window_splits, batch, n, q_heads)
+    parts = cached.layout.parts if cached.layout is not None else ()
+    first_window = page_splits * len(
+        parts
+    )  # every class of tokens has results of its own, merged with the others
+    shape = (first_window + window_splits, batch, n, q_heads)
     # Every row of every split is written; heads that store fewer V channels leave the others at 0.
-    full = cached.layout is None or all(sum(s.channels for s in h) == v_dim for h in cached.layout.v)
+    full = all(sum(s.channels for s in head) == v_dim for part in parts for head in part.v)
     part_out = (torch.empty if full else torch.zeros)(*shape, v_dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     if slots:
-        _attend_window(cached, _dense(q), scale, softcap, part_out[page_splits:], part_lse[page_splits:])
-    if page_splits and cached.layout is not None:
-        bias = None if page_bias is None else page_bias.contiguous()
-        for heads in head_classes(cached.layout):
+        _attend_window(cached, _dense(q), scale, softcap, part_out[first_window:], part_lse[first_window:])
+    bias = None if page_bias is None else page_bias.contiguous()
+    for number, part in enumerate(parts if page_splits else ()):
+        mine = slice(number * page_splits, (number + 1) * page_splits)
+        for heads in head_classes(part):
             _attend_pages(
-                cached, heads, _dense(q_pages), scale, softcap, bias, part_out, part_lse, page_splits
+                cached, part, heads, _dense(q_pages), scale, softcap, bias, part_out[mine], part_lse[mine]
             )
     out = torch.empty(batch, n, q_heads, v_dim, dtype=torch.float32, device=q.device)
     lse = torch.empty(batch, n, q_heads, dtype=torch.float32, device=q.device)
@@ -225,6 +239,7 @@ def _aligned(*tensors: Tensor) -> bool:
 
 def _attend_pages(
     cached: Cached,
+    layout: PageLayout,
     heads: HeadClass,
     q: Tensor,
     scale: float,
@@ -232,10 +247,9 @@ def _attend_pages(
     bias: Tensor | None,
     part_out: Tensor,
     part_lse: Tensor,
-    splits: int,
 ) -> None:
-    layout, pool = cached.layout, cached.pool
-    assert layout is not None
+    assert cached.layout is not None
+    pool, splits = cached.pool, len(part_out)
     assert pool is not None
     batch, n, q_heads, _ = q.shape
     group = q_heads // layout.kv_heads
@@ -266,6 +280,7 @@ def _attend_pages(
         K_SCALES=heads.k_scales,
         V_SCALES=heads.v_scales,
         TOKENS=layout.tokens,
+        PAGE=cached.layout.page_tokens,
         TILE=tiling.tokens,
         GROUP=group,
         ROWS=tiling.rows,

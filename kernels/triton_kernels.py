@@ -281,7 +281,8 @@ def attend_pages(
     V: tl.constexpr,
     K_SCALES: tl.constexpr,  # where a head's token scales lie in its record; -1: nowhere
     V_SCALES: tl.constexpr,
-    TOKENS: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a page, of the class of tokens that this launch is for
+    PAGE: tl.constexpr,  # of a page, of all classes
     TILE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -317,7 +318,7 @@ def attend_pages(
         row_bias = tl.load(bias + at, mask=exists, other=0)
 
     TILES: tl.constexpr = (TOKENS + TILE - 1) // TILE
-    tiles = tl.load(sealed + sequence) // TOKENS * TILES
+    tiles = tl.load(sealed + sequence) // PAGE * TILES
     share = tl.cdiv(tiles, splits)
     acc = ()
     for p in tl.static_range(len(V)):

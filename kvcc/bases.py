@@ -22,6 +22,11 @@ def change_basis(compilation: Compilation, index: int, k: Tensor, v: Tensor) -> 
 def change_scales(compilation: Compilation, index: int, k: Tensor, v: Tensor) -> None:
     """Pages store K / k and V / v, both [Hkv, D] and positive."""
     set_key_tables(compilation, index, torch.diag_embed(1 / k), torch.diag_embed(k))
+    fold_value_scales(compilation, index, v)
+
+
+def fold_value_scales(compilation: Compilation, index: int, v: Tensor) -> None:
+    """Pages and windows hold V / v, v [Hkv, D] and positive."""
     _fold(compilation, index, torch.diag_embed(1 / v), torch.diag_embed(v))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcc.kernels.exact import causal_attention, merged
 from kvcc.runtime.cache import Cache, KeyBasis, LayerCache
+from kvcc.runtime.saliency import Probes, salient_first
 
 REQUEST_QUERIES = 32  # ThinK's observation window: the last prompt queries that choose the channels
 GATHERED = 4096  # tokens whose stored channels are gathered at a time while sealing
@@ -54,7 +55,8 @@ def _decode(
     q_pages, bias = _page_queries(layer, slice(None), queries, scale)
     out, lse = cache.backend.attend(view, queries, q_pages, scale, softcap, bias)
     if step.full:
-        seal_full(cache, index, step.full)
+        seen = Probes(q, lse[:, 0], scale, softcap) if layer.plan.salient else None
+        seal_full(cache, index, step.full, seen)
     return out[:, 0], lse[:, 0]
 
 
@@ -70,7 +72,8 @@ def _extend(
         first += count
         q_row, k_row, v_row = q[:, new], k[:, new], v[:, new]
         out, lse = _attend_row(cache, index, row, q_row, k_row, v_row, scale, window, softcap)
-        store(cache, index, row, q_row, k_row, v_row)
+        seen = Probes(q_row, lse, scale, softcap) if cache.layers[index].plan.salient else None
+        store(cache, index, row, q_row, k_row, v_row, seen)
         if not many:
             return out, lse
         if parts is None:
@@ -126,10 +129,13 @@ def _attend_cached(
     return out[0], lse[0]
 
 
-def store(cache: Cache, index: int, row: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+def store(
+    cache: Cache, index: int, row: int, q: Tensor, k: Tensor, v: Tensor, seen: Probes | None = None
+) -> None:
     """Cache the new tokens k, v [Hkv, n, D] of one sequence: sinks, pages that come full, the recent window.
 
-    Their queries q [Hq, n, D] choose the channels of a sequence that begins, where the plan says so.
+    Their queries q [Hq, n, D] choose the channels of a sequence that begins, where the plan says so; `seen` is what
+    tells salient tokens from others, where it wants that.
     """
     layer, plan, length = cache.layers[index], cache.layers[index].plan, cache.lengths[row]
     if plan.select == "request" and length == 0:
@@ -146,15 +152,15 @@ def store(cache: Cache, index: int, row: int, q: Tensor, k: Tensor, v: Tensor) -
         # Pages that begin among the recent tokens are put together; those behind them are sealed where k and v lie.
         borrowed = min(due, -(-len(slots) // plan.page) * plan.page)
         if borrowed:
-            joined = (
+            k_joined, v_joined = (
                 torch.cat([window[row][:, slots], x[:, : max(0, borrowed - len(slots))]], dim=1)
                 for window, x in ((layer.window_k, k), (layer.window_v, v))
             )
-            _seal(cache, index, row, *(x[:, :borrowed] for x in joined))
+            _seal(cache, index, row, k_joined[:, :borrowed], v_joined[:, :borrowed], seen)
         taken = max(0, borrowed - len(slots))
         behind = taken + due - borrowed
         if behind > taken:
-            _seal(cache, index, row, k[:, taken:behind], v[:, taken:behind])
+            _seal(cache, index, row, k[:, taken:behind], v[:, taken:behind], seen)
     _put_recent(layer, row, total, k[:, -plan.ring :], v[:, -plan.ring :])
 
 
@@ -176,9 +182,12 @@ def _recent_slots(layer: LayerCache, row: int, length: int) -> Tensor:
     return plan.sinks + (tokens - plan.sinks) % plan.ring
 
 
-def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor) -> None:
+def _seal(cache: Cache, index: int, row: int, k: Tensor, v: Tensor, seen: Probes | None) -> None:
     """Seal k, v [Hkv, pages * page, D], the oldest recent tokens of one sequence."""
     layer = cache.layers[index]
+    if seen is not None:
+        first = layer.plan.sinks + len(layer.pages[row]) * layer.plan.page
+        k, v = salient_first(seen, cache.lengths[row], first, layer.plan.page, k, v)
     assert layer.layout is not None
     assert layer.pool is not None
     page = layer.plan.page
@@ -212,8 +221,11 @@ def _seal_pages(cache: Cache, layer: LayerCache, ids: Tensor, k: Tensor, v: Tens
     cache.backend.seal(layer.layout, k, v, layer.pool, ids)
 
 
-def seal_full(cache: Cache, index: int, rows: list[int]) -> None:
-    """Seal, in one call, the page of oldest recent tokens of each of the sequences `rows`."""
+def seal_full(cache: Cache, index: int, rows: list[int], seen: Probes | None = None) -> None:
+    """Seal, in one call, the page of oldest recent tokens of each of the sequences `rows`.
+
+    `seen`: the new tokens of all sequences, one each, where the plan tells salient tokens from others.
+    """
     layer, plan = cache.layers[index], cache.layers[index].plan
     assert layer.layout is not None
     assert layer.pool is not None
@@ -222,6 +234,12 @@ def seal_full(cache: Cache, index: int, rows: list[int]) -> None:
     slots = plan.sinks + (sealed[:, None] + torch.arange(plan.page, device=device)) % plan.ring
     here = torch.tensor(rows, device=device)[:, None]
     k, v = (window[here, :, slots].transpose(1, 2) for window in (layer.window_k, layer.window_v))
+    if seen is not None:
+        pairs = [
+            salient_first(seen.of(row), cache.lengths[row], plan.sinks + int(first), plan.page, k[i], v[i])
+            for i, (row, first) in enumerate(zip(rows, sealed))
+        ]
+        k, v = (torch.stack(x) for x in zip(*pairs))
     ids = torch.cat([layer.add_pages(row, 1) for row in rows])
     cache.backend.seal(layer.layout, _stored_keys(layer, rows, k), v, layer.pool, ids)
 

@@ -287,6 +287,10 @@ class _Recorder:
         softcap: float,
     ) -> Tensor:
         held, heads = self.cache.layers[layer], q.shape[1]
+        if held.plan.salient:
+            raise NotCapturable(
+                f"layer {layer}: which tokens are salient is seen from queries when a page is sealed"
+            )
         out = self._buffer((1, self.n, heads, v.shape[-1]), torch.float32)
         lse = torch.empty(self.n, heads)
         q_pages = bias = None

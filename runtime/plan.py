@@ -6,7 +6,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from kvcc.errors import PlanError
-from kvcc.kernels.layout import PageLayout, Plane, Side, page_layout
+from kvcc.kernels.layout import PageLayout, Plane, Side, joined, page_layout
 from kvcc.runtime.identity import DType
 
 __all__ = ["HeadPlan", "LayerPlan", "Plan", "Plane", "Side", "parse_plan"]
@@ -36,6 +36,8 @@ class LayerPlan(_Data):
     table `layers.N.k_basis`, and queries meet it in those of `layers.N.q_basis`. With `mean_correction`, table
     `layers.N.k_mean` restores the share in body logits of what pages leave out: pruned channels, or K's mean.
     A page may store fewer than all V channels; the others are 0 there.
+    With `salient`, that many tokens of a page are stored as `salient_heads` say, each head's own choice: those that
+    received most attention when the page was sealed.
     """
 
     q_heads: PositiveInt
@@ -49,6 +51,8 @@ class LayerPlan(_Data):
     select: Literal["all", "static", "request", "basis"] = "all"
     mean_correction: bool = False
     heads: tuple[HeadPlan, ...] = ()
+    salient: NonNegativeInt = 0
+    salient_heads: tuple[HeadPlan, ...] = ()
     elements: PositiveInt | None = (
         None  # of one token in the uncompressed model, where folds made it narrower
     )
@@ -63,7 +67,15 @@ class LayerPlan(_Data):
             raise ValueError("a sliding-window layer has neither sinks nor a recent window of its own")
         if self.page and len(self.heads) != self.kv_heads:
             raise ValueError(f"{len(self.heads)} head plans for {self.kv_heads} KV heads")
-        for head, plan in enumerate(self.heads):
+        if len(self.salient_heads) != (self.kv_heads if self.salient else 0) or self.salient > max(
+            0, self.page - 8
+        ):
+            raise ValueError(
+                f"{self.salient} salient tokens of a page of {self.page}, and {len(self.salient_heads)} head plans for "
+                f"them; leave 8 tokens to the others, and give a plan for each of {self.kv_heads} KV heads"
+            )
+        for head, plan in enumerate(self.heads + self.salient_heads):
+            head %= self.kv_heads
             if plan.k.channels > self.k_dim or plan.v.channels > self.v_dim:
                 raise ValueError(
                     f"KV head {head} stores {plan.k.channels} K and {plan.v.channels} V channels, and there are "
@@ -102,7 +114,10 @@ class LayerPlan(_Data):
         """The page record, or None for a layer without pages. Raises PlanError when it does not come out even."""
         if not self.page:
             return None
-        return page_layout(self.page, tuple(h.k for h in self.heads), tuple(h.v for h in self.heads), half)
+        if not self.salient:
+            return _layout(self.page, self.heads, half)
+        first = _layout(self.salient, self.salient_heads, half)
+        return joined(first, _layout(self.page - self.salient, self.heads, half, first.nbytes))
 
     def sealed(self, tokens: int) -> int:
         """How many of a sequence's first `tokens` tokens are in sealed pages (or forgotten by a sliding window)."""
@@ -110,6 +125,10 @@ class LayerPlan(_Data):
         if self.window:
             return max(0, tokens - self.window)
         return max(0, beyond // self.page * self.page)
+
+
+def _layout(tokens: int, heads: tuple[HeadPlan, ...], half: torch.dtype, start: int = 0) -> PageLayout:
+    return page_layout(tokens, tuple(h.k for h in heads), tuple(h.v for h in heads), half, start)
 
 
 class Plan(_Data):
@@ -152,7 +171,7 @@ class Plan(_Data):
         """`bytes_per_token` of one layer."""
         plan = self.layers[layer]
         layout = plan.layout(self.half)
-        return layout.nbytes / layout.tokens if layout else 0.0
+        return layout.nbytes / layout.page_tokens if layout else 0.0
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes allocated for one sequence of `tokens` tokens: windows, sinks, pages and where they lie, channels

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcc.kernels import reference
-from kvcc.kernels.layout import Groups, PageLayout, Plane, Side, Steps, page_layout
+from kvcc.kernels.layout import Groups, PageLayout, Plane, Side, Steps, joined, page_layout
 from kvcc.kernels.levels import Levels
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
@@ -35,6 +35,9 @@ class Spec:
     queries: int = 1
     softcap: float = 0.0
     bias: bool = False
+    salient: int = 0  # tokens of a page that are stored as `salient_k`, `salient_v`, the first of them
+    salient_k: tuple[Side, ...] = ()
+    salient_v: tuple[Side, ...] = ()
     paged: bool = True  # False: a sliding window of `recent` tokens, older ones forgotten
 
     def __str__(self) -> str:
@@ -102,7 +105,7 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> Case:
     rng = torch.Generator().manual_seed(zlib.crc32(spec.name.encode()))
     batch, heads, slots = len(spec.lengths), len(spec.k), spec.sinks + spec.ring
     half = spec.dtype if spec.dtype != torch.float32 else torch.float16
-    layout = page_layout(spec.page, spec.k, spec.v, half) if spec.paged else None
+    layout = _layout(spec, half) if spec.paged else None
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=rng).to(spec.dtype).to(device)
@@ -140,6 +143,13 @@ def build(spec: Spec, device: torch.device | str = "cpu") -> Case:
     bias = torch.randn(batch, spec.queries, q_heads, generator=rng).to(device) if spec.bias else None
     scale = spec.dim**-0.5
     return Case(spec, layout, cached, q, q_pages, scale, spec.softcap, bias, k_pages, v_pages, ids)
+
+
+def _layout(spec: Spec, half: torch.dtype) -> PageLayout:
+    if not spec.salient:
+        return page_layout(spec.page, spec.k, spec.v, half)
+    first = page_layout(spec.salient, spec.salient_k, spec.salient_v, half)
+    return joined(first, page_layout(spec.page - spec.salient, spec.k, spec.v, half, first.nbytes))
 
 
 def _sealed_pool(layout: PageLayout, k: Tensor, v: Tensor, rng: torch.Generator) -> tuple[PagePool, Tensor]:
@@ -222,6 +232,7 @@ def _layouts() -> Iterator[Spec]:
     )
     yield from _unit_steps()
     yield from _levels()
+    yield from _classes()
     mostly_pruned = side("tokens", 64, (4, 1))
     yield Spec("narrow-k1", (mostly_pruned,), (v,), bias=True)
 
@@ -261,6 +272,27 @@ def _levels() -> Iterator[Spec]:
     yield Spec("normal-unit", (levelled("normal", 3, 64, 0, "tokens"),), (levelled("normal", 2, 40),))
     clipped = replace(side("channels", 32, (2, 64)), clip=92)
     yield Spec("clipped", (clipped, clipped), (clipped, clipped))
+
+
+def _classes() -> Iterator[Spec]:
+    low = side("tokens", 24, (2, 64)), side("channels", 64, (2, 64))
+    high = side("tokens", 40, (4, 64)), side("channels", 64, (4, 64))
+    base = Spec("", (low[0],) * 2, (low[1],) * 2, group=3, salient=40)
+    base = replace(base, salient_k=(high[0],) * 2, salient_v=(high[1],) * 2)
+    yield replace(base, name="salient40")
+    yield replace(base, name="salient40-bias-queries5", bias=True, queries=5, lengths=(300, 0, 700))
+    yield replace(base, name="salient40-float16", dtype=torch.float16, softcap=2.0)
+    units = unit("tokens", (3, 40)), unit("channels", (2, 40), (1, 8))
+    raw = side("tokens", 16, (16, 40)), side("channels", 48, (16, 48))
+    yield Spec(
+        "salient-raw",
+        units[:1],
+        units[1:],
+        salient=16,
+        salient_k=raw[:1],
+        salient_v=raw[1:],
+        lengths=(400, 90),
+    )
 
 
 def _shapes() -> Iterator[Spec]:

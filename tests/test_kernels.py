@@ -136,10 +136,16 @@ def naive_pages(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray]:
     layout, cached = case.layout, case.cached
     if layout is None or cached.pool is None or not int(cached.sealed[b]):
         return np.zeros((0, 0)), np.zeros((0, 0))
-    records = cached.pool.read(cached.table[b, : int(cached.sealed[b]) // layout.tokens]).numpy()
+    records = cached.pool.read(cached.table[b, : int(cached.sealed[b]) // case.spec.page]).numpy()
     sides = [
-        np.concatenate([np.concatenate([naive_section(layout, s, r) for s in sections], 1) for r in records])
-        for sections in (layout.k[h], layout.v[h])
+        np.concatenate(
+            [
+                np.concatenate([naive_section(part, s, r) for s in (part.k, part.v)[which][h]], 1)
+                for r in records
+                for part in layout.parts
+            ]
+        )
+        for which in (0, 1)
     ]
     missing = case.spec.dim - sides[1].shape[1]  # pruned V channels are zero
     return sides[0], np.pad(sides[1], ((0, 0), (0, missing)))
@@ -148,7 +154,8 @@ def naive_pages(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray]:
 NAIVE = [
     "k2v4-float16", "raw16-bfloat16", "mixed-planes", "odd-mixed", "per-head", "v-by-channel", "k3v3-group8",
     "k8v8-group32", "k-by-token", "page-24", "bias-softcap-queries5", "sinks0-length96", "sinks16-length111",
-    "fp8", "nvfp4", "nvfp4-by-channel", "normal3", "normal-unit", "clipped", "queries5",
+    "fp8", "nvfp4", "nvfp4-by-channel", "normal3", "normal-unit", "clipped", "salient40-bias-queries5",
+    "queries5",
     "sliding-sinks4", "sliding-sinks0",
 ]  # fmt: skip
 

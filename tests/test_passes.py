@@ -14,7 +14,16 @@ from kvcc.passes import REGISTRY, pass_class
 from kvcc.pipeline import run_passes
 from kvcc.surgery import input_projection, output_projection
 from kvcc.transform_coding import hadamard
-from tests.compiled import compiled, recipe, runnable, stepwise, tiny_profile, tokens, transformers_logits
+from tests.compiled import (
+    WINDOWS,
+    compiled,
+    recipe,
+    runnable,
+    stepwise,
+    tiny_profile,
+    tokens,
+    transformers_logits,
+)
 from tests.tiny import ARCHITECTURES, tiny_graph
 
 # Parameters that fit head_dim 16 and pages of 8 tokens; a pass that is not listed is run with its defaults.
@@ -34,6 +43,7 @@ SETTINGS = {
         "{bits: 2, k_basis: dual, v_basis: dual, token_scales: false}",
         "{bits: 8.5, k_basis: hadamard, v_basis: native}",
     ],
+    "zipcache": ["{}", "{salient: 0.3, salient_bits: 8, other_bits: 3, separable: false}"],
     "nvfp4": ["{}", "{group_size: 8}"],
     "int8": ["{}", "{scales: head, margin: 1.2}"],
     "fp8": ["{}", "{scale: one}"],
@@ -45,6 +55,7 @@ SETTINGS = {
     "oscar": ["{}", "{k_bits: 4, group_size: 8, k_clip: 100}"],
     "fold-values": ["{}", "{mean: false, basis: hadamard}", "{basis: pca}"],
 }
+PAGES = {"zipcache": "windows: {sinks: 2, recent: 4, page: 16}\n"}  # where a page of 8 is too small
 # What a pass must refuse, by (pass, setting, architecture), with the reason it must give.
 REFUSALS = {
     ("think", 2, "qwen3"): "QK-norm",
@@ -63,7 +74,7 @@ def test_settings_are_of_passes_there_are() -> None:
 
 @pytest.mark.parametrize(("name", "setting", "architecture"), CASES)
 def test_every_pass_on_every_architecture(name: str, setting: int, architecture: str) -> None:
-    chosen = recipe(f"\n  - {name}: {SETTINGS.get(name, ['{}'])[setting]}")
+    chosen = recipe(f"\n  - {name}: {SETTINGS.get(name, ['{}'])[setting]}", PAGES.get(name, WINDOWS))
     refusal = REFUSALS.get((name, setting, architecture))
     if refusal is not None:
         with pytest.raises(PassError, match=rf"layer \d.*{refusal}"):
