@@ -1,27 +1,30 @@
 """The planner: which recipe loses least within a budget of bytes, found by measuring through the real cache.
 
-Bits of layers and channels are given by the transform pass, additively, in one currency (kvcc.transform_coding). What
-is left is a choice between a few dozen recipes, too unlike each other for a formula: they are compiled in memory and
-measured, and the best ones again on other texts.
+Two additive solvers give bits where they gain most: the transform pass, to channels, by what their errors cost (see
+kvcc.transform_coding), and `kvcc.mixing`, to K and V of layers, by short measurements of each. What is left is a choice
+between a few dozen recipes, too unlike each other for a formula: they are compiled in memory and measured, and the
+best ones again on other texts.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcc.calibration import encode_sets
+from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.checking import uncompressed
 from kvcc.errors import DataError, KvccError
-from kvcc.frontend import LoadedModel, capture
-from kvcc.graph import Graph
+from kvcc.frontend import LoadedModel, capture, runtime_tokenizer
+from kvcc.graph import Graph, attention_nodes, attention_spec
 from kvcc.kernels import backend as kernel_backend
+from kvcc.mixing import mixed_recipe, single_side
 from kvcc.pipeline import run_passes
 from kvcc.profile import Profile, write_atomically
 from kvcc.recipe import parse_recipe
@@ -30,7 +33,30 @@ from kvcc.runtime.fuse import fuse
 
 DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
 CHUNK = 64  # tokens appended at once while measuring
+CALIBRATION_PROMPTS, CALIBRATION_LENGTH = 12, 1024
 FINALISTS = 3
+DATA_FREE = (
+    "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
+    "kivi: {k_bits: 2, v_bits: 2, group_size: 32}",
+    "kivi: {k_bits: 3, v_bits: 3, group_size: 64}",
+    "kivi: {k_bits: 4, v_bits: 4, group_size: 64}",
+    "kivi: {k_bits: 4, v_bits: 4, group_size: 32}",
+    "kivi: {k_bits: 8, v_bits: 8, group_size: 64}",
+    "hadamard: {k_bits: 3, v_bits: 3}",
+    "hadamard: {k_bits: 4, v_bits: 4}",
+    "turboquant: {k_bits: 3, v_bits: 3}",
+    "turboquant: {k_bits: 4, v_bits: 4}",
+)
+CALIBRATED = (
+    "kitty: {boosted: 0.125}",
+    "kitty: {boosted: 0.25}",
+    "oscar: {k_bits: 2, v_bits: 2}",
+    "oscar: {k_bits: 4, v_bits: 4}",
+    "zipcache: {}",
+    "nvfp4: {}",
+    "int8: {}",
+    "fp8: {}",
+)
 WINDOWS = "windows: {dtype: half}\n"
 Progress = Callable[[str, int, int], None]
 
@@ -72,24 +98,28 @@ class Search:
 def candidates(goal: Goal, profile: Profile | None) -> list[str]:
     """Recipes worth measuring, as YAML, in a fixed order: published methods, and transforms at the goal's bits."""
     budgets = [goal.bits] if goal.bits is not None else [1.5, 2.0, 2.5, 3.0, 3.5, 4.25, 5.25, 6.25]
-    fixed = [
-        "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
-        "kivi: {k_bits: 2, v_bits: 2, group_size: 32}",
-        "kivi: {k_bits: 3, v_bits: 3, group_size: 64}",
-        "kivi: {k_bits: 4, v_bits: 4, group_size: 64}",
-        "kivi: {k_bits: 4, v_bits: 4, group_size: 32}",
-        "kivi: {k_bits: 8, v_bits: 8, group_size: 64}",
-        "hadamard: {k_bits: 3, v_bits: 3}",
-        "hadamard: {k_bits: 4, v_bits: 4}",
-    ]
+    fixed = list(DATA_FREE)
     if profile is not None:
-        fixed += ["kitty: {boosted: 0.125}", "kitty: {boosted: 0.25}"]
+        fixed += CALIBRATED
         for bits in budgets:
             for basis in ("pca", "dual", "native"):
                 for scales in ("true", "false"):
                     options = f"bits: {bits:g}, k_basis: {basis}, v_basis: {basis}, token_scales: {scales}"
                     fixed.append(f"transform: {{{options}}}")
     return [f"{WINDOWS}passes:\n  - {line}\n" for line in fixed]
+
+
+def calibrated(loaded: LoadedModel, seed: int = 0, on_progress: Progress | None = None) -> Profile:
+    """A profile with gradients, of DATA, for searching without one that was made before."""
+    report = on_progress or (lambda what, done, total: None)
+    prompts = load_prompts(DATA, samples=CALIBRATION_PROMPTS, length=CALIBRATION_LENGTH, seed=seed)
+    sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=CALIBRATION_LENGTH)
+    return calibrate(
+        capture(loaded),
+        sets,
+        gradients=True,
+        progress=lambda p: report("calibrating", p.prompts, p.total_prompts),
+    )
 
 
 def search(
@@ -116,6 +146,8 @@ def search(
     bench = _Bench(loaded, profile, graph, texts, context, tokens, seed, state)
     wanted = list(recipes) if recipes is not None else candidates(goal, profile)
     measured, refused = [], {}
+    if recipes is None and goal.bits is not None:
+        wanted += bench.mixed(goal, report)
     for number, recipe in enumerate(wanted):
         report("measuring recipes", number, len(wanted))
         try:
@@ -178,9 +210,8 @@ class _Bench:
         seed: int,
         state: Path | None,
     ) -> None:
-        from kvcc.frontend import runtime_tokenizer
-
         self.profile, self.graph, self.context, self.texts = profile, graph, context, texts
+        self.loaded = loaded
         length = context + tokens
         prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
         sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)
@@ -205,11 +236,14 @@ class _Bench:
             held = json.loads(state.read_text())
             self.known = held["measured"] if held.get("key") == self.key else {}
 
-    def measure(self, recipe: str, goal: Goal, first: int) -> Measured | None:
-        """A recipe on texts `first` … `first + texts` of each kind; None where its plan is beyond the goal's bits."""
-        key = f"{first} {recipe}"
+    def measure(self, recipe: str, goal: Goal, first: int, short: bool = False) -> Measured | None:
+        """A recipe on texts `first` … `first + texts` of each kind; None where its plan is beyond the goal's bits.
+
+        `short`: on one text of each kind, half its context and a quarter of its predictions.
+        """
+        key = f"{'short ' if short else ''}{first} {recipe}"
         if key not in self.known:
-            found = self._measure(recipe, goal, first)
+            found = self._measure(recipe, goal, first, short)
             if found is None:
                 return None
             self.known[key] = asdict(found)
@@ -218,7 +252,26 @@ class _Bench:
                 write_atomically(self.state, json.dumps(held, indent=1).encode())
         return Measured(**self.known[key])
 
-    def _measure(self, recipe: str, goal: Goal, first: int) -> Measured | None:
+    def mixed(self, goal: Goal, report: Progress) -> list[str]:
+        """The recipe that gives K and V of every layer a width of its own; none where layers cannot be quantised so."""
+        assert goal.bits is not None
+        layers = [
+            i for i, node in enumerate(attention_nodes(self.graph.module)) if not attention_spec(node).window
+        ]
+        costs: dict[tuple[int, str], float] = {}
+        for number, (layer, side) in enumerate((i, s) for i in layers for s in "kv"):
+            report("measuring layers", number, 2 * len(layers))
+            try:
+                found = self.measure(f"{WINDOWS}{single_side(layer, side)}", Goal(), first=0, short=True)
+            except KvccError:
+                return []
+            assert found is not None
+            costs[layer, side] = found.kl
+        report("measuring layers", 2 * len(layers), 2 * len(layers))
+        recipe = mixed_recipe(costs, goal.bits)
+        return [] if recipe is None else [f"{WINDOWS}{recipe}"]
+
+    def _measure(self, recipe: str, goal: Goal, first: int, short: bool) -> Measured | None:
         made = run_passes(self.graph, self.profile, parse_recipe(recipe, "plan"))
         if goal.bits is not None and made.plan.bits_per_element() > goal.bits + 1e-9:
             return None
@@ -229,19 +282,26 @@ class _Bench:
         )
         kinds = {}
         for name, rows in self.ids.items():
-            some = slice(first, first + self.texts)
-            pairs = zip(rows[some], self.expected[name][some])
-            losses = [_divergence(expected, self._logits(model, ids)) for ids, expected in pairs]
+            some = slice(first, first + (1 if short else self.texts))
+            expected = self._short[name] if short else self.expected[name][some]
+            losses = [_divergence(e, self._logits(model, ids, short)) for ids, e in zip(rows[some], expected)]
             kinds[name] = sum(losses) / len(losses)
         plan = made.plan
         mean = sum(kinds.values()) / len(kinds)
         return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds)
 
-    def _logits(self, model: CompiledModel, ids: list[int]) -> Tensor:
+    @cached_property
+    def _short(self) -> dict[str, list[Tensor]]:
+        reference = uncompressed(self.loaded, None, self.graph)
+        return {name: [self._logits(reference, rows[0], short=True)] for name, rows in self.ids.items()}
+
+    def _logits(self, model: CompiledModel, ids: list[int], short: bool = False) -> Tensor:
         """Logits after `context` tokens and each of those behind them, which are appended in chunks."""
+        context = self.context // 2 if short else self.context
+        ids = ids[: context + (len(ids) - self.context) // 4 + 1] if short else ids
         cache = model.new_cache(1)
-        head = model.forward([ids[: self.context]], cache)
-        rest = model.forward([ids[self.context : -1]], cache, chunk=CHUNK, every=True)
+        head = model.forward([ids[:context]], cache)
+        rest = model.forward([ids[context:-1]], cache, chunk=CHUNK, every=True)
         return torch.cat([head, rest]).float().log_softmax(-1)
 
 

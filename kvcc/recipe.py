@@ -125,8 +125,14 @@ def _check_order(passes: list[Pass], lines: list[int], origin: str) -> None:
         for earlier in passes[at + 1 :]:
             if earlier.name in later.after:
                 raise RecipeError(f"{origin}:{line}: {later.name} must come after {earlier.name}; swap them")
-        if later.once and any(p.name == later.name for p in passes[:at]):
-            raise RecipeError(f"{origin}:{line}: {later.name} appears twice; keep one")
+        if later.once and any(p.name == later.name and _overlap(p, later) for p in passes[:at]):
+            raise RecipeError(
+                f"{origin}:{line}: {later.name} appears twice; keep one, or give each layers of its own"
+            )
+
+
+def _overlap(a: Pass, b: Pass) -> bool:
+    return a.layers is None or b.layers is None or bool(set(a.layers) & set(b.layers))
 
 
 def _validated(cls: type[T], data: Any, origin: str, line: int, what: str) -> T:

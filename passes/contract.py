@@ -78,6 +78,8 @@ class Pass(BaseModel, ABC):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    layers: tuple[int, ...] | None = Field(None, description="layers it is for; default: all")
+
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
     after: ClassVar[tuple[str, ...]] = ()  # passes that must come earlier when both are in a recipe
@@ -91,13 +93,21 @@ class Pass(BaseModel, ABC):
         """Whether these parameters need calibration statistics."""
         return self.needs_profile
 
+    def chosen(self, compilation: Compilation) -> list[tuple[int, LayerPlan]]:
+        """The layers that the pass is for, with their plans. Raises PassError for one that the model lacks."""
+        plans = compilation.plan.layers
+        for index in self.layers or ():
+            if not 0 <= index < len(plans):
+                raise PassError(f"{self.name}: the model has layers 0 to {len(plans) - 1}, not {index}")
+        return [(i, plan) for i, plan in enumerate(plans) if self.layers is None or i in self.layers]
+
     def paged(self, compilation: Compilation) -> list[tuple[int, LayerPlan]]:
-        """Layers that have pages, with their plans; the others use sliding windows, stay exact, and get a Note."""
-        for index, layer in enumerate(compilation.plan.layers):
+        """Of the layers chosen those that have pages; the others use sliding windows, stay exact, and get a Note."""
+        for index, layer in self.chosen(compilation):
             if not layer.page:
                 text = f"sliding window of {layer.window} tokens stays exact"
                 self.note(compilation, index, text, fired=False)
-        return [(i, layer) for i, layer in enumerate(compilation.plan.layers) if layer.page]
+        return [(i, layer) for i, layer in self.chosen(compilation) if layer.page]
 
     def note(self, compilation: Compilation, layer: int, text: str, fired: bool = True) -> None:
         """Record what this pass did to `layer`, or (fired False) why it did nothing there."""

@@ -32,7 +32,7 @@ class FoldValues(Pass):
 
     def apply(self, compilation: Compilation) -> None:
         module = compilation.graph.module
-        for index, plan in enumerate(compilation.plan.layers):
+        for index, plan in self.chosen(compilation):
             if self.mean and compilation.specs()[index].has_sinks:
                 raise PassError(f"layer {index}: the model has attention sinks; set mean: false")
             v = value_projection(compilation, index)

@@ -1,18 +1,30 @@
 """kvcc export: compile a model with a recipe and pack the artifact."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.markup import escape
 from rich.table import Table
 
-from kvcc.cli._console import err, json_option, out, print_json, size
+from kvcc.cli._console import err, json_option, out, print_json, progress, size
+from kvcc.cli.plan import ratio_of, show
+
+if TYPE_CHECKING:
+    from kvcc.frontend import LoadedModel
+    from kvcc.profile import Profile
+    from kvcc.recipe import Recipe
 
 
 @click.command("export")
 @click.argument("model")
-@click.option("--recipe", "-r", required=True, help="A shipped recipe (see `kvcc recipes`) or a YAML file.")
+@click.option("--recipe", "-r", help="A shipped recipe (see `kvcc recipes`) or a YAML file.")
+@click.option(
+    "--budget",
+    metavar="RATIO",
+    help="Instead of a recipe: the one that `kvcc plan` finds for pages this many times smaller than fp16, such as 5x. "
+    "Without a profile it calibrates first.",
+)
 @click.option(
     "--profile", "-p", type=click.Path(path_type=Path), help="Calibration profile (kvcc calibrate)."
 )
@@ -35,7 +47,8 @@ from kvcc.cli._console import err, json_option, out, print_json, size
 @json_option
 def command(
     model: str,
-    recipe: str,
+    recipe: str | None,
+    budget: str | None,
     profile: Path | None,
     output: Path,
     dtype: str,
@@ -46,9 +59,12 @@ def command(
     as_json: bool,
 ) -> None:
     """Compile MODEL (a folder, a hub id, a .gguf file or pypi:PACKAGE) into an artifact."""
+    if (recipe is None) == (budget is None):
+        raise click.UsageError("give one of --recipe and --budget")
+    ratio = ratio_of(budget) if budget is not None else None
     from kvcc.recipe import load_recipe
 
-    chosen = load_recipe(recipe)  # before any model is loaded
+    chosen = load_recipe(recipe) if recipe is not None else None  # before any model is loaded
     from kvcc.artifact import add_kernels, check_gpu_targets, check_target
     from kvcc.compile import compile_model
     from kvcc.frontend import load_model
@@ -60,7 +76,11 @@ def command(
     statistics = Profile.load(profile) if profile else None
     loaded = load_model(model, dtype)
 
-    def show(report: PassReport) -> None:
+    if chosen is None:
+        assert ratio is not None
+        chosen, statistics = _planned(loaded, statistics, ratio, as_json)
+
+    def told(report: PassReport) -> None:
         if as_json:
             return
         fired = sum(n.fired for n in report.notes)
@@ -71,7 +91,7 @@ def command(
         for note in report.notes if explain else ():
             out.print(f"  layer {note.layer}: {'' if note.fired else 'not applied: '}{escape(note.text)}")
 
-    compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=show)
+    compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=told)
     kernels: dict[str, int] = {}
     if gpus:
         with err.status("compiling GPU kernels", spinner="line"):
@@ -143,3 +163,25 @@ def _runs(stored: Any, plan: Any) -> list[tuple[int, int, float, int]]:
         else:
             runs.append((index, index, nbytes, plain))
     return runs
+
+
+def _planned(
+    loaded: "LoadedModel", profile: "Profile | None", ratio: float, quiet: bool
+) -> "tuple[Recipe, Profile]":
+    """The recipe that `kvcc plan` finds for a budget, and the profile it was found with, made here if need be."""
+    from kvcc.planner import Goal, calibrated, search
+    from kvcc.recipe import parse_recipe
+
+    with progress(quiet) as bar:
+        tasks: dict[str, Any] = {}
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total)
+            bar.update(tasks[what], completed=done)
+
+        profile = profile or calibrated(loaded, on_progress=advance)
+        found = search(loaded, profile, Goal(bits=16 / ratio), on_progress=advance)
+    if not quiet:
+        show(found, loaded.identity.name)
+    return parse_recipe(f"name: budget-{ratio:g}x\n{found.winner.recipe}", "plan"), profile
