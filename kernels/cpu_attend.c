@@ -245,6 +245,12 @@ static const char *unpack(int bits, i64 length, i64 runs, const char *src, char 
     return scratch;
 }
 
+/* A section's codes as bytes, in `scratch` or where they lie: runs packed one by one, or as one. */
+static const char *unpack_section(const Section *s, const char *page, i64 runs, i64 length, char *scratch) {
+    int flat = s->steps == UNIT && s->by_token;
+    return unpack((int)s->bits, flat ? runs * length : length, flat ? 1 : runs, page + s->codes, scratch);
+}
+
 INLINE void pack_run(const int bits, i64 length, const uint8_t *restrict codes, uint8_t *restrict dst) {
     const int width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
     const i64 m = length * width / 8, n = length / 8;
@@ -410,20 +416,24 @@ static float unit_zero(const Section *s) { return 0.5f - (float)(1 << (s->bits -
 static void nn_unit(const Section *s, const char *page, Scratch *t, i64 rows, const float *a, i64 a_row, i64 runs,
                     i64 length, float *out, i64 out_row) {
     for (i64 r = 0; r < rows; r++) {
-        float total = 0, *to = out + r * out_row;
-        for (i64 run = 0; run < runs; run++) total += a[r * a_row + run];
+        const float *from = a + r * a_row;
+        float *to = out + r * out_row;
+        vf totals = {0};
+        i64 run = 0, x = 0;
+        for (; run + VL <= runs; run += VL) totals += load(from + run);
+        float total = sum(totals);
+        for (; run < runs; run++) total += from[run];
         total *= unit_zero(s);
-        i64 x = 0;
         for (; x + VL <= length; x += VL) store(to + x, load(to + x) + total);
         for (; x < length; x++) to[x] += total;
     }
-    if (s->bits == 2 && length / 4 % VL == 0) {
+    if (s->bits == 2 && !s->by_token && length / 4 % VL == 0) {
         Section whole = *s;
         whole.group = length;
         nn_strips(&whole, page, rows, a, a_row, runs, length, out, out_row);
         return;
     }
-    const char *codes = unpack(s->bits, length, runs, page + s->codes, t->codes);
+    const char *codes = unpack_section(s, page, runs, length, t->codes);
     nn(U8, rows, a, a_row, 1, codes, length, runs, length, out, out_row);
 }
 
@@ -506,7 +516,7 @@ static void level_values(const Section *s, const char *codes, i64 n, float *to) 
 
 static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs, i64 length) {
     if (s->levels != UNIFORM) {
-        level_values(s, unpack(s->bits, length, runs, page + s->codes, t->codes), runs * length, t->wide);
+        level_values(s, unpack_section(s, page, runs, length, t->codes), runs * length, t->wide);
         for (i64 i = 0; s->steps == SCALED && i < runs * length / s->group; i++) {
             float scale = s->levels == E2M1 ? e4m3_value((uint8_t)page[s->scales + i]) : scalar_at(F16, page + s->scales, i);
             for (i64 x = i * s->group; x < (i + 1) * s->group; x++) t->wide[x] *= scale;
@@ -514,7 +524,7 @@ static void dequantise(const Section *s, const char *page, Scratch *t, i64 runs,
         return;
     }
     if (s->steps == UNIT) {
-        const char *steps = unpack(s->bits, length, runs, page + s->codes, t->codes);
+        const char *steps = unpack_section(s, page, runs, length, t->codes);
         float zero = unit_zero(s);
         i64 x = 0, end = runs * length;
         for (; x + VL <= end; x += VL) store(t->wide + x, vector_at(U8, steps, x) + zero);
@@ -1011,6 +1021,7 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
             quantise_group(group, s->group, (1 << s->bits) - 1, (float)s->clip / 100.0f, scales + i, zeros + i,
                            codes + i * s->group);
     }
+    if (s->steps == UNIT && s->by_token) length *= runs, runs = 1;
     for (i64 run = 0; run < runs; run++) {
         uint8_t *to = (uint8_t *)page + s->codes + run * (length * s->bits / 8);
         const uint8_t *from = codes + run * length;

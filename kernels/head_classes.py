@@ -27,6 +27,7 @@ class PlaneSpec(NamedTuple):
     steps: int  # ADAPTIVE, SCALED or UNIT
     levels: int  # UNIFORM, NORMAL, E2M1 or E4M3
     magnitudes: tuple[float, ...]  # of levels that are a list
+    flat: int  # 1: all codes are one packed run
     clip: float  # share of a group's range that adaptive steps reach
 
 
@@ -71,6 +72,7 @@ def _planes(sections: tuple[Section, ...], base: int) -> tuple[PlaneSpec, ...]:
             steps=STEPS.index(s.steps),
             levels=KINDS.index(s.levels),
             magnitudes=magnitudes(s.levels, s.bits),
+            flat=int(s.flat),
             clip=s.clip / 100,
         )
         for s in sections

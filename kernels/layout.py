@@ -23,6 +23,7 @@ width-2 run followed by a width-1 run of the third bits.
 
 `groups = "tokens"`: codes [channels][tokens], an adaptive scale per channel and group_size tokens.
 `groups = "channels"`: codes [tokens][channels], an adaptive scale per token and group_size channels.
+With unit steps, the codes of a plane by `channels` are one packed run of tokens * channels.
 Widths 16 and 32 are raw floats in the same order as codes, without scales.
 
 Where a page's tokens are of two classes, the tokens of the first come first, stored as above, and a second record
@@ -105,6 +106,11 @@ class Section:
     def unit(self) -> bool:
         """Whether codes stand for themselves, without scales and zeros."""
         return self.steps == "unit"
+
+    @property
+    def flat(self) -> bool:
+        """Whether all codes of the plane are one packed run."""
+        return self.steps == "unit" and self.groups == "channels" and not self.raw
 
     @property
     def scale_bytes(self) -> int:
@@ -265,7 +271,7 @@ def _check(tokens: int, side: Side, plane: Plane, where: str) -> None:
     run, what = (tokens, "page tokens") if side.groups == "tokens" else (plane.channels, "plane channels")
     if side.steps != "unit" and (side.group_size < 1 or run % side.group_size):
         raise PlanError(f"{where}: group_size {side.group_size} does not divide {run} {what}")
-    if run % 8:
+    if run % 8 and side.steps != "unit":
         raise PlanError(f"{where}: {run} {what} cannot be packed; use a multiple of 8")
 
 

@@ -81,17 +81,24 @@ def _seal_section(layout: PageLayout, section: Section, x: Tensor, records: Tens
     if section.levels != "uniform":
         scaled = section.steps == "scaled"
         codes, scale = level_codes(runs, section.levels, section.bits, section.group_size if scaled else None)
-        _put(records, section.codes, pack(codes, section.bits))
+        _put(records, section.codes, pack(_packed_runs(section, codes), section.bits))
         if scale is not None:
             _put(records, section.scales, scale)
         return
     if section.unit:
-        _put(records, section.codes, pack(unit_codes(runs, section.bits), section.bits))
+        _put(
+            records, section.codes, pack(_packed_runs(section, unit_codes(runs, section.bits)), section.bits)
+        )
         return
     codes, scale, zero = quantize(runs, section.bits, section.group_size, section.clip)
     _put(records, section.codes, pack(codes, section.bits))
     _put(records, section.scales, scale)
     _put(records, section.zeros, zero)
+
+
+def _packed_runs(section: Section, codes: Tensor) -> Tensor:
+    """Codes [N, runs, length] as they are packed: by runs, or all of a page together."""
+    return codes.flatten(1)[:, None] if section.flat else codes
 
 
 def _put(records: Tensor, offset: int, x: Tensor) -> None:
@@ -135,15 +142,22 @@ def _unseal_section(layout: PageLayout, section: Section, records: Tensor) -> Te
             .unflatten(1, (runs, length))
         )
     elif section.levels != "uniform":
-        x = _unseal_levels(section, records, unpack(stored.unflatten(1, (runs, -1)), section.bits, length))
+        x = _unseal_levels(section, records, _unpacked(section, stored, runs, length))
     elif section.unit:
-        x = unpack(stored.unflatten(1, (runs, -1)), section.bits, length) + (0.5 - 2 ** (section.bits - 1))
+        x = _unpacked(section, stored, runs, length) + (0.5 - 2 ** (section.bits - 1))
     else:
         metadata = 2 * runs * length // section.group_size
         scale = _get(records, section.scales, metadata).view(torch.float16).unflatten(1, (runs, -1))
         zero = _get(records, section.zeros, metadata).view(torch.float16).unflatten(1, (runs, -1))
-        x = dequantize(unpack(stored.unflatten(1, (runs, -1)), section.bits, length), scale, zero)
+        x = dequantize(_unpacked(section, stored, runs, length), scale, zero)
     return x.transpose(1, 2) if section.groups == "tokens" else x
+
+
+def _unpacked(section: Section, stored: Tensor, runs: int, length: int) -> Tensor:
+    """Codes uint8 [N, runs, length]."""
+    if section.flat:
+        return unpack(stored, section.bits, runs * length).unflatten(1, (runs, length))
+    return unpack(stored.unflatten(1, (runs, -1)), section.bits, length)
 
 
 def _unseal_levels(section: Section, records: Tensor, codes: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ WIDEST_PLANE = 256
 LARGEST_PAGE = 1024
 DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 SEALED_ELEMENTS = 2048  # of one program that seals: 16 a thread
+FLAT_BYTES = 256  # that one program packs of a plane that is one run
 PROGRAMS_PER_PROCESSOR = 4  # enough programs in flight to hide the latency of loads
 
 
@@ -147,16 +148,21 @@ def _seal_tiles(
 ) -> tuple[tuple[tuple[int, int, int, int], ...], int]:
     """Tiles of `seal_pages` for some planes, numbered from `first`, and the number after the last.
 
-    A plane's are (first tile, the one after its last, positions a run spans, runs a tile).
+    A plane's are (first tile, the one after its last, positions a run spans, runs a tile), or, of a plane that is one
+    run, bytes instead of positions.
     """
     tiles = []
     for plane in planes:
         runs, length = (plane.channels, tokens) if plane.by_tokens else (tokens, plane.channels)
-        span = padded(length)
-        block = min(padded(runs), max(1, SEALED_ELEMENTS // span))
-        last = first + -(-runs // block)
-        tiles.append((first, last, span, block))
-        first = last
+        if plane.flat:  # bytes of one run; a run of 3 bits has as many tiles in both its parts
+            span, block, units = FLAT_BYTES, 1, runs * length * (2 if plane.bits == 3 else plane.bits) // 8
+            count = -(-units // span)
+        else:
+            span = padded(length)
+            block = min(padded(runs), max(1, SEALED_ELEMENTS // span))
+            count = -(-runs // block)
+        tiles.append((first, first + count, span, block))
+        first += count
     return tuple(tiles), first
 
 

@@ -5,7 +5,8 @@
 Arguments of kernels have no Python types; comments give shapes. All is computed in float32 after loads;
 only operands of matrix products are rounded, to DOT. A *plane* argument is a constant `PlaneSpec`, used by
 index: 0 bits, 1 channels, 2 width, 3 first channel, 4 by tokens, 5 group size, 6 codes, 7 scales, 8 zeros,
-9 steps (0 adaptive, 1 scaled, 2 unit), 10 levels (0 uniform, 1 normal, 2 e2m1, 3 e4m3), 11 magnitudes, 12 clip.
+9 steps (0 adaptive, 1 scaled, 2 unit), 10 levels (0 uniform, 1 normal, 2 e2m1, 3 e4m3), 11 magnitudes, 12 all codes
+are one run, 13 clip.
 Channels are contiguous. ALIGNED says that a tensor and all its strides are multiples of 16 bytes, so that rows are
 read in wide pieces; `tl.multiple_of` passes it on, and only where the address is computed: not from a helper.
 Tiles are runs x positions: a run is what one packed row of codes spans (see `layout`). Split-K with merge is
@@ -42,6 +43,22 @@ def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
         return low | (_load_bits(rows + LENGTH // 4, pos, mask, LENGTH // 8, 1) << 2)
     else:
         return _load_bits(rows, pos, mask, LENGTH * BITS // 8, BITS)
+
+
+@triton.jit
+def _load_flat(base, at, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
+    """Codes `at` positions [R, L] of one run of LENGTH codes: int32 [R, L]."""
+    if BITS == 3:
+        low = _load_flat_bits(base, at, mask, LENGTH // 4, 2)
+        return low | (_load_flat_bits(base + LENGTH // 4, at, mask, LENGTH // 8, 1) << 2)
+    else:
+        return _load_flat_bits(base, at, mask, LENGTH * BITS // 8, BITS)
+
+
+@triton.jit
+def _load_flat_bits(base, at, mask, BYTES: tl.constexpr, BITS: tl.constexpr):
+    byte = tl.load(base + at % BYTES, mask=mask, other=0).to(tl.int32)
+    return (byte >> (at // BYTES * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -138,6 +155,7 @@ def _load_runs(
     PLANE: tl.constexpr,
     LENGTH: tl.constexpr,
     L: tl.constexpr,
+    TOKENS: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """What positions start .. start + L of runs `run` ([R]; those below `runs` exist) stand for: [R, L]."""
@@ -151,6 +169,11 @@ def _load_runs(
     elif PLANE[0] == 16:
         at = base.to(tl.pointer_type(HALF)) + run[:, None] * LENGTH + pos[None, :]
         return tl.load(at, mask=mask, other=0).to(tl.float32)
+    elif PLANE[12]:
+        codes = _load_flat(base, run[:, None] * LENGTH + pos[None, :], mask, PLANE[0], TOKENS * LENGTH)
+        if PLANE[10] != 0:
+            return tl.where(mask, _level_values(codes, PLANE), 0.0)
+        return tl.where(mask, codes.to(tl.float32) + (0.5 - (1 << (PLANE[0] - 1))), 0.0)
     elif PLANE[10] != 0:
         codes = _load_codes(base, run, pos, mask, PLANE[0], LENGTH)
         x = _level_values(codes, PLANE)
@@ -173,10 +196,10 @@ def _load_keys(
 ):
     """K of one plane for tokens start .. start + TILE: [width, TILE]."""
     if PLANE[4]:
-        return _load_runs(page, tl.arange(0, PLANE[2]), PLANE[1], start, PLANE, TOKENS, TILE, HALF)
+        return _load_runs(page, tl.arange(0, PLANE[2]), PLANE[1], start, PLANE, TOKENS, TILE, TOKENS, HALF)
     else:
         token = start + tl.arange(0, TILE)
-        return tl.trans(_load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], HALF))
+        return tl.trans(_load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], TOKENS, HALF))
 
 
 @triton.jit
@@ -185,10 +208,12 @@ def _load_values(
 ):
     """V of one plane for tokens start .. start + TILE: [TILE, width]."""
     if PLANE[4]:
-        return tl.trans(_load_runs(page, tl.arange(0, PLANE[2]), PLANE[1], start, PLANE, TOKENS, TILE, HALF))
+        return tl.trans(
+            _load_runs(page, tl.arange(0, PLANE[2]), PLANE[1], start, PLANE, TOKENS, TILE, TOKENS, HALF)
+        )
     else:
         token = start + tl.arange(0, TILE)
-        return _load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], HALF)
+        return _load_runs(page, token, TOKENS, 0, PLANE, PLANE[1], PLANE[2], TOKENS, HALF)
 
 
 @triton.jit
@@ -570,9 +595,9 @@ def _quantise(
         here = (group == g)[None, :, :]
         low = tl.min(tl.min(tl.where(here, x, float("inf")), 2), 1)
         high = tl.max(tl.max(tl.where(here, x, float("-inf")), 2), 1)
-        if PLANE[12] != 1.0:
-            low = low * PLANE[12]
-            high = high * PLANE[12]
+        if PLANE[13] != 1.0:
+            low = low * PLANE[13]
+            high = high * PLANE[13]
         g_zero = low.to(tl.float16).to(tl.float32)
         levels = tl.full(g_zero.shape, LEVELS, tl.float32)
         g_scale = tl.div_rn(high - g_zero, levels).to(tl.float16).to(tl.float32)
@@ -599,6 +624,40 @@ def _store_packed(rows, run_mask, codes, BYTES: tl.constexpr, BITS: tl.constexpr
 
 
 @triton.jit
+def _flat_codes(
+    x,
+    token_stride,
+    first,
+    PLANE: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STRIPS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Codes of a plane by channels with unit steps, all of its LENGTH one run: int32 [STRIPS, SPAN].
+
+    Element [j, i] is position j * LENGTH / STRIPS + first + i.
+    """
+    i = first + tl.arange(0, SPAN)
+    pos = (tl.arange(0, STRIPS) * (LENGTH // STRIPS))[:, None] + i[None, :]
+    inside = tl.broadcast_to(i[None, :] < LENGTH // STRIPS, [STRIPS, SPAN])
+    at = x + (pos // PLANE[1]) * token_stride + PLANE[3] + pos % PLANE[1]
+    values = tl.load(at, mask=inside, other=0).to(tl.float32)
+    if PLANE[10] != 0:
+        return _nearest_levels(values, PLANE)
+    else:
+        code = tl.floor(values) + (1 << (PLANE[0] - 1))
+        return tl.minimum(tl.maximum(code, 0.0), (1 << PLANE[0]) - 1).to(tl.int32)
+
+
+@triton.jit
+def _store_flat(base, first, codes, BYTES: tl.constexpr, BITS: tl.constexpr):
+    """Pack codes [STRIPS, SPAN] into bytes first … first + SPAN of BYTES."""
+    i = first + tl.arange(0, codes.shape[1])
+    byte = tl.sum(codes << (tl.arange(0, codes.shape[0]) * BITS)[:, None], 0)
+    tl.store(base + i, byte.to(tl.uint8), mask=i < BYTES)
+
+
+@triton.jit
 def _seal_runs(
     x, token_stride, tile, page, PLANE: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr,
     HALF: tl.constexpr, ALIGNED: tl.constexpr,
@@ -619,6 +678,17 @@ def _seal_runs(
         KIND: tl.constexpr = tl.float32 if BITS == 32 else HALF
         at = base.to(tl.pointer_type(KIND)) + run[:, None] * LENGTH + pos
         tl.store(at, values.to(KIND), mask=run_mask[:, None] & inside)
+    elif PLANE[12]:
+        first = (tile - TILES[0]) * SPAN
+        if BITS == 3:
+            low = _flat_codes(x, token_stride, first, PLANE, RUNS * LENGTH, 4, SPAN)
+            _store_flat(base, first, low & 3, RUNS * LENGTH // 4, 2)
+            half = (tile - TILES[0]) * (SPAN // 2)
+            high = _flat_codes(x, token_stride, half, PLANE, RUNS * LENGTH, 8, SPAN // 2)
+            _store_flat(base + RUNS * LENGTH // 4, half, high >> 2, RUNS * LENGTH // 8, 1)
+        else:
+            codes = _flat_codes(x, token_stride, first, PLANE, RUNS * LENGTH, 8 // BITS, SPAN)
+            _store_flat(base, first, codes, RUNS * LENGTH * BITS // 8, BITS)
     elif BITS == 3:
         rows = base + run * (LENGTH * 3 // 8)
         low = _quantise(x, token_stride, run, run_mask, page, PLANE, LENGTH, 4, SPAN // 4, True, ALIGNED)

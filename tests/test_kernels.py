@@ -65,9 +65,15 @@ def naive_section(layout: PageLayout, s: Section, record: np.ndarray) -> np.ndar
                 raw = record[s.codes + width * at : s.codes + width * (at + 1)].tobytes()
                 out[token, channel] = torch.frombuffer(bytearray(raw), dtype=dtype).item()
                 continue
-            code = code_at(record, s.codes + run * length * s.bits // 8, s.bits, length, i)
+            if s.flat:
+                code = code_at(record, s.codes, s.bits, layout.tokens * s.channels, at)
+            else:
+                code = code_at(record, s.codes + run * length * s.bits // 8, s.bits, length, i)
             if s.levels != "uniform":
                 out[token, channel] = naive_level(s, code) * naive_scale(s, record, at)
+                continue
+            if s.steps == "unit":
+                out[token, channel] = code + 0.5 - 2 ** (s.bits - 1)
                 continue
             group = 2 * (at // s.group_size)
             scale, zero = (record[b + group : b + group + 2].view(np.float16)[0] for b in (s.scales, s.zeros))
@@ -138,25 +144,31 @@ def naive_pages(case: Case, b: int, h: int) -> tuple[np.ndarray, np.ndarray]:
         return np.zeros((0, 0)), np.zeros((0, 0))
     records = cached.pool.read(cached.table[b, : int(cached.sealed[b]) // case.spec.page]).numpy()
     sides = [
-        np.concatenate(
-            [
-                np.concatenate([naive_section(part, s, r) for s in (part.k, part.v)[which][h]], 1)
-                for r in records
-                for part in layout.parts
-            ]
-        )
-        for which in (0, 1)
+        np.concatenate([naive_side(part, r, h, which) for r in records for part in layout.parts])
+        for which in "kv"
     ]
     missing = case.spec.dim - sides[1].shape[1]  # pruned V channels are zero
     return sides[0], np.pad(sides[1], ((0, 0), (0, missing)))
 
 
+def naive_side(layout: PageLayout, record: np.ndarray, h: int, which: str) -> np.ndarray:
+    """K or V of one head in one record: [tokens, stored channels]."""
+    sections, place = {
+        "k": (layout.k[h], layout.k_token_scales[h]),
+        "v": (layout.v[h], layout.v_token_scales[h]),
+    }[which]
+    side = np.concatenate([naive_section(layout, s, record) for s in sections], 1)
+    if place is not None:
+        codes = [code_at(record, place, 4, layout.tokens, t) for t in range(layout.tokens)]
+        side *= 2.0 ** ((np.array(codes)[:, None] - 3) / 3)
+    return side
+
+
 NAIVE = [
     "k2v4-float16", "raw16-bfloat16", "mixed-planes", "odd-mixed", "per-head", "v-by-channel", "k3v3-group8",
     "k8v8-group32", "k-by-token", "page-24", "bias-softcap-queries5", "sinks0-length96", "sinks16-length111",
-    "fp8", "nvfp4", "nvfp4-by-channel", "normal3", "normal-unit", "clipped", "salient40-bias-queries5",
-    "queries5",
-    "sliding-sinks4", "sliding-sinks0",
+    "fp8", "nvfp4", "nvfp4-by-channel", "normal3", "normal-unit", "clipped", "unit-mixed", "unit-per-head",
+    "salient40-bias-queries5", "queries5", "sliding-sinks4", "sliding-sinks0",
 ]  # fmt: skip
 
 

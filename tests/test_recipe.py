@@ -9,7 +9,10 @@ from kvcc.recipe import load_recipe, parse_recipe, shipped
 
 REFUSED = {
     "typo in a pass": ("passes:\n  - kivvi: {}\n", r"r.yaml:2: unknown pass 'kivvi'; known passes: .*kivi"),
-    "unknown parameter": ("passes:\n  - kivi: {bits: 4}\n", r"r.yaml:2: kivi: bits: .*parameters: layers, k_bits"),
+    "unknown parameter": (
+        "passes:\n  - kivi: {bits: 4}\n",
+        r"r.yaml:2: kivi: bits: .*parameters: layers, k_bits",
+    ),
     "value out of range": (
         "passes:\n  - kivi: {k_bits: 5}\n",
         r"r.yaml:2: kivi: k_bits: Input should be 2, 3, 4 or 8",
