@@ -37,11 +37,18 @@ def set_key_tables(compilation: Compilation, index: int, keys: Tensor, queries: 
     compilation.update(index, select="basis")
 
 
-def _fold(compilation: Compilation, index: int, forward: Tensor, back: Tensor) -> None:
+def fold_values(compilation: Compilation, index: int, mean: Tensor, basis: Tensor) -> None:
+    """Pages and windows hold (V - mean) @ basis; mean [Hkv, D], basis [Hkv, D, D] and orthogonal."""
+    _fold(compilation, index, basis, basis, mean)
+
+
+def _fold(
+    compilation: Compilation, index: int, forward: Tensor, back: Tensor, mean: Tensor | None = None
+) -> None:
     """`back` is the transpose of the inverse of `forward`, [Hkv, D, D]."""
     projections = value_projection(compilation, index), output_side(compilation, index)
-    no_mean = forward.new_zeros(forward.shape[:2], dtype=torch.float64)
-    fold_value_map(compilation, *projections, no_mean, forward.double(), back.double().mT)
+    mean = forward.new_zeros(forward.shape[:2]) if mean is None else mean
+    fold_value_map(compilation, *projections, mean.double(), forward.double(), back.double().mT)
 
 
 def largest(profile: Profile, layer: int) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,7 @@ CALIBRATED = (
     "oscar: {k_bits: 2, v_bits: 2}",
     "oscar: {k_bits: 4, v_bits: 4}",
     "zipcache: {}",
+    "cskv: {}",
     "nvfp4: {}",
     "int8: {}",
     "fp8: {}",

@@ -13,6 +13,7 @@ REGISTRY: dict[str, str] = {  # name -> module:class
     "kivi": "kvcc.passes.kivi:Kivi",
     "kitty": "kvcc.passes.kitty:Kitty",
     "hadamard": "kvcc.passes.hadamard:Hadamard",
+    "cskv": "kvcc.passes.cskv:Cskv",
     "zipcache": "kvcc.passes.zipcache:ZipCache",
     "int8": "kvcc.passes.int8:Int8",
     "fp8": "kvcc.passes.fp8:Fp8",

@@ -43,6 +43,7 @@ SETTINGS = {
         "{bits: 2, k_basis: dual, v_basis: dual, token_scales: false}",
         "{bits: 8.5, k_basis: hadamard, v_basis: native}",
     ],
+    "cskv": ["{group_size: 8}", "{k_rank: 1, v_rank: 0.5, bits: 16, group_size: 8}"],
     "zipcache": ["{}", "{salient: 0.3, salient_bits: 8, other_bits: 3, separable: false}"],
     "nvfp4": ["{}", "{group_size: 8}"],
     "int8": ["{}", "{scales: head, margin: 1.2}"],
