@@ -126,7 +126,7 @@ def test_every_pass_has_a_page_with_its_parameters(name: str) -> None:
         for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
         for word in re.findall(r"`(\w+)`", row)
     }
-    assert table == set(pass_class(name).model_fields)
+    assert table == set(pass_class(name).model_fields) - {"layers"}  # which all passes have
     assert f"(methods/{name}.md)" in (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
 
 

@@ -104,9 +104,8 @@ def table_of(entries: "list[Entry]", context: int) -> Table:
     )
     asked = any(e.retrieval_drop is not None for e in entries)
     for heading in ("artifact", "bits", "bytes", "text", "KL", "top-1", "ppl", "cache", "ms"):
-        table.add_column(
-            heading, justify="left" if heading in ("artifact", "text") else "right", no_wrap=True
-        )
+        words = heading in ("artifact", "text")
+        table.add_column(heading, justify="left" if words else "right", no_wrap=not words, overflow="fold")
     if asked:
         table.add_column("retrieval", justify="right")
     for e in entries:
