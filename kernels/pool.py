@@ -18,6 +18,7 @@ class PagePool:
         self.blocks: list[Tensor] = []  # each uint8 [pages, page_bytes]
         self.addresses = torch.empty(0, dtype=torch.int64, device=device)
         self._free: list[int] = []
+        self._more: dict[int, int] = {}  # pages that several sequences have: how many besides the first
 
     @property
     def capacity(self) -> int:
@@ -70,9 +71,19 @@ class PagePool:
             self.reserve(max(pages, self.growth))
         return [self._free.pop() for _ in range(pages)]
 
+    def share(self, ids: list[int]) -> None:
+        """One more sequence has these pages: each is free only when all have given it back."""
+        for page in ids:
+            self._more[page] = self._more.get(page, 0) + 1
+
     def give_back(self, ids: list[int]) -> None:
         """Return pages for reuse; their memory stays allocated."""
-        self._free.extend(ids)
+        for page in ids:
+            more = self._more.pop(page, 0)
+            if more > 1:
+                self._more[page] = more - 1
+            if not more:
+                self._free.append(page)
 
     def read(self, ids: Tensor) -> Tensor:
         """Records of `ids` ([N] int64), copied: uint8 [N, page_bytes]. For the reference backend and tests."""

@@ -64,6 +64,7 @@ def write_artifact(
     accuracy: dict[str, Any] | None = None,
     report_html: str | None = None,
     licence: str | None = None,
+    folded: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the artifact folder `path` from a lowered graph, its plan and its tables; gives the path back.
@@ -103,6 +104,7 @@ def write_artifact(
             passes=tuple(passes),
             licence=licence,
             runtimes=("torch",),
+            folded=None if folded is None else dict(folded),
             files=entries,
         )
         _write_manifest(folder, manifest)

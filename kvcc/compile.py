@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from kvcc._version import __version__
 from kvcc.artifact import write_artifact
@@ -15,6 +16,7 @@ from kvcc.pipeline import Compiled, PassReport, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe
 from kvcc.report import report_html
+from kvcc.surgery import attribute
 
 
 def compile_model(
@@ -31,7 +33,8 @@ def compile_model(
 
     Returns what was packed. Raises the KvccError of whichever stage refuses; nothing half-written is left.
     """
-    compiled = run_passes(graph or capture(loaded), profile, recipe, on_pass)
+    graph = graph or capture(loaded)
+    compiled = run_passes(graph, profile, recipe, on_pass)
     provenance = {"kvcc": __version__, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = None
@@ -52,9 +55,42 @@ def compile_model(
             accuracy=None,
             report_html=report_html(compiled.plan, loaded.identity, recipe.as_dict(), provenance, None),
             licence=None,
+            folded=folded(graph.module, compiled.module),
             overwrite=overwrite,
         )
     return compiled
+
+
+def folded(before: fx.GraphModule, after: fx.GraphModule) -> dict[str, str]:
+    """Tensors that passes changed or added, by name, and what each is in the model: a parameter's name, or "".
+
+    A linear keeps its place in the graph when its weight and bias are rewritten.
+    """
+    held, places = _tensors(before), _linears(before)
+    names: dict[str, str] = {}
+    for node, (weight, bias) in _linears(after).items():
+        own = places.get(node, ("", ""))[0]
+        names[weight] = own
+        names[bias] = f"{own.removesuffix('weight')}bias" if own else ""
+    return {
+        name: name if name in held and name not in names else names.get(name, "")
+        for name, tensor in sorted(_tensors(after).items())
+        if name not in held or held[name].shape != tensor.shape or not torch.equal(held[name], tensor)
+    }
+
+
+def _linears(module: fx.GraphModule) -> dict[str, tuple[str, str]]:
+    """Names of weight and bias ("": none) by the name of the node."""
+    found = {}
+    for node in module.graph.nodes:
+        if node.target is torch.ops.aten.linear.default:
+            weight, bias = ([*node.args, None])[1:3]
+            found[node.name] = str(weight.target), "" if bias is None else str(bias.target)
+    return found
+
+
+def _tensors(module: fx.GraphModule) -> dict[str, torch.Tensor]:
+    return {str(node.target): attribute(module, node) for node in module.graph.nodes if node.op == "get_attr"}
 
 
 def _log(report: PassReport) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class Manifest(_Data):
     passes: tuple[dict[str, Any], ...]  # the log: what each pass did
     licence: str | None
     runtimes: tuple[str, ...]  # that can run it; "torch" is this one
+    # Tensors that passes changed, and the model's parameter that each replaces ("": none); older artifacts do not say.
+    folded: dict[str, str] | None = None
     files: dict[str, FileEntry]
 
 

@@ -128,19 +128,25 @@ class LayerCache:
             self.plan.q_heads // self.plan.kv_heads, dim=0
         )
 
-    def lacks(self, pages: int, longest: int) -> int:
-        """Bytes to allocate for `pages` pages of all sequences, at most `longest` of one."""
+    def growth(self, tokens: Sequence[int]) -> tuple[int, int]:
+        """More pages for sequences that grow to tokens[row] tokens, and the most of one: as in its policy."""
+        pages = [self.plan.sealed(n) // self.plan.page for n in tokens]
+        new = sum(max(0, wanted - len(held)) for wanted, held in zip(pages, self.pages))
+        return new, max(pages, default=0)
+
+    def lacks(self, new: int, longest: int) -> int:
+        """Bytes to allocate for `new` more pages of all sequences, at most `longest` pages of one."""
         assert self.pool is not None
         batch, columns = self.table.shape
-        missing, wider = max(0, pages - self.pool.capacity), max(0, longest - columns)
+        missing, wider = max(0, new - self.pool.spare), max(0, longest - columns)
         return missing * (self.pool.page_bytes + ENTRY) + batch * wider * ENTRY
 
-    def reserve(self, pages: int, longest: int, exactly: bool) -> None:
+    def reserve(self, new: int, longest: int, exactly: bool) -> None:
         """Allocate what `lacks` counts; unless `exactly`, a sixty-fourth more of what has to grow, so that it grows
         rarely. Raises CapacityError when memory is short.
         """
         assert self.pool is not None
-        missing = pages - self.pool.capacity
+        missing = new - self.pool.spare
         if missing > 0:
             self.pool.reserve(self.pool.spare + (missing if exactly else max(missing, self.pool.growth)))
         columns = self.table.shape[1]
@@ -158,10 +164,14 @@ class LayerCache:
     def keep(self, rows: Sequence[int]) -> None:
         """See `Cache.keep`."""
         if self.pool is not None:
-            for row in set(range(len(self.pages))) - set(rows):
-                self.pool.give_back(self.pages[row])
+            for row, ids in enumerate(self.pages):
+                times = rows.count(row)
+                for _ in range(times - 1):
+                    self.pool.share(ids)
+                if not times:
+                    self.pool.give_back(ids)
         index = torch.tensor(list(rows), dtype=torch.int64, device=self.table.device)
-        self.pages = [self.pages[row] for row in rows]
+        self.pages = [list(self.pages[row]) for row in rows]
         self.table = self.table[index]
         self.window_k, self.window_v = self.window_k[index], self.window_v[index]
         if self.plan.select == "request" and self.channels is not None and self.query_channels is not None:
@@ -253,9 +263,8 @@ class Cache:
 
         Raises CapacityError, before anything is allocated, when they do not fit.
         """
-        plans = {layer.plan.policy: layer.plan for layer in self.layers if layer.pool is not None}
-        pages = {policy: [plan.sealed(n) // plan.page for n in tokens] for policy, plan in plans.items()}
-        wanted = {policy: (sum(each), max(each, default=0)) for policy, each in pages.items()}
+        some = {layer.plan.policy: layer for layer in self.layers if layer.pool is not None}
+        wanted = {policy: layer.growth(tokens) for policy, layer in some.items()}
         short = [
             (layer, more)
             for layer in self.layers
@@ -294,7 +303,10 @@ class Cache:
         return self._decode_steps[key]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only, in this order; the others' pages become free."""
+        """Go on with these sequences only, in this order; the others' pages become free.
+
+        A sequence may be named more than once: its sealed pages are then shared, and stored once.
+        """
         for layer in self.layers:
             layer.keep(rows)
         self.lengths = [self.lengths[row] for row in rows]

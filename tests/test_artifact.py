@@ -162,7 +162,7 @@ def test_format_has_not_changed_by_accident(tmp_path: Path) -> None:
     head = '{"version": 1,\n"inputs": ["tokens", "positions", "rows", "cache"],\n"nodes": [\n{"name": "'
     assert (written / "graph/graph.json").read_text().startswith(head)
     assert sorted(json.loads((written / "manifest.json").read_text())) == [
-        "files", "kvcc_version", "licence", "model", "passes", "recipe", "recipe_name", "runtimes",
+        "files", "folded", "kvcc_version", "licence", "model", "passes", "recipe", "recipe_name", "runtimes",
         "schema_version", "torch_version",
     ]  # fmt: skip
 

@@ -161,17 +161,17 @@ def test_only_one_layer_s_exact_keys_live_at_a_time() -> None:
     import gc
     import weakref
 
-    seen: list[weakref.ref[torch.Tensor]] = []
+    keys: list[weakref.ref[torch.Tensor]] = []
     from kvcc.runtime import attention
 
     original = attention.store
 
-    def spy(cache, index, row, q, k, v):  # type: ignore[no-untyped-def]
+    def spy(cache, index, row, q, k, v, seen=None):  # type: ignore[no-untyped-def]
         gc.collect()
-        alive.append(sum(ref() is not None for ref in seen))
+        alive.append(sum(ref() is not None for ref in keys))
         base = k._base if k._base is not None else k
-        seen.append(weakref.ref(base))
-        original(cache, index, row, q, k, v)
+        keys.append(weakref.ref(base))
+        original(cache, index, row, q, k, v, seen)
 
     attention.store = spy
     try:

@@ -1,0 +1,1 @@
+"""kvcc inside other libraries."""
