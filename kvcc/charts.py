@@ -1,15 +1,18 @@
 """Charts as inline SVG: pure functions from numbers to markup, without script, font, id or network.
 
 Every chart is `WIDTH` units wide and scales with its container. Colours are classes, which `STYLE` defines
-for light and dark; nothing is told by colour alone: each mark carries its values in a `<title>` (hover). Text
-may come from a file that nobody vouches for: it is stripped of control characters and escaped here. The
-palette follows Okabe and Ito, "Color Universal Design" (2008), with lighter variants on dark ground.
+for light and dark; nothing is told by colour alone: each mark carries its values, which appear below the plot
+while the pointer is on it. Text may come from a file that nobody vouches for: it is stripped of control
+characters and escaped here. The palette follows Okabe and Ito, "Color Universal Design" (2008), with lighter
+variants on dark ground.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 WIDTH = 420
 _LEFT, _PLOT_WIDTH, _PLOT_HEIGHT = 62, 334, 190
@@ -17,12 +20,20 @@ _FONT = 12  # units; about 10 px on a phone
 _CHARACTER = 6.4  # units, mean advance of a sans-serif of that size
 _COLOURS = 6
 
-STYLE = """
-.chart { --ink: #1b1f24; --soft: #57606a; --line: #d0d7de; --on: #ffffff; --ghost: #8c959f;
-  --c0: #0072b2; --c1: #d55e00; --c2: #009e73; --c3: #b0508c; --c4: #7a6a00; --c5: #4b5bd6; }
-@media (prefers-color-scheme: dark) { .chart {
-  --ink: #e6edf3; --soft: #9aa4af; --line: #363e48; --on: #0d1117; --ghost: #8b949e;
-  --c0: #56b4e9; --c1: #e69f00; --c2: #2fc39a; --c3: #d98cb8; --c4: #f0e442; --c5: #a0acff; } }
+_READOUT = 16  # units below each plot, for the values of the mark under the pointer
+
+Theme = Literal["auto", "light", "dark"]
+_LIGHT = {
+    "ink": "#1b1f24", "soft": "#57606a", "line": "#d0d7de", "on": "#ffffff", "ghost": "#8c959f",
+    "ground": "#ffffff", "c0": "#0072b2", "c1": "#d55e00", "c2": "#009e73", "c3": "#b0508c",
+    "c4": "#7a6a00", "c5": "#4b5bd6",
+}  # fmt: skip
+_DARK = {
+    "ink": "#e6edf3", "soft": "#9aa4af", "line": "#363e48", "on": "#0d1117", "ghost": "#8b949e",
+    "ground": "#0d1117", "c0": "#56b4e9", "c1": "#e69f00", "c2": "#2fc39a", "c3": "#d98cb8",
+    "c4": "#f0e442", "c5": "#a0acff",
+}  # fmt: skip
+_RULES = """
 .chart text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
   fill: var(--soft); stroke: none; }
 .chart .name { fill: var(--ink); } .chart .on { fill: var(--on); }
@@ -33,21 +44,41 @@ STYLE = """
 .chart .path { fill: none; stroke-width: 2; stroke-linejoin: round; } .chart .dash { stroke-dasharray: 6 3; }
 .chart .fq { fill: var(--ghost); } .chart .sq { stroke: var(--ghost); }
 .chart .empty { fill: none; stroke: var(--ghost); stroke-width: 1; stroke-dasharray: 2 2; }
+.chart .ring { fill: none; stroke: var(--ink); stroke-width: 2; }
 """ + "".join(
     f".chart .f{i} {{ fill: var(--c{i}); }} .chart .s{i} {{ stroke: var(--c{i}); }}\n"
     for i in range(_COLOURS)
 )
+_HOVER = """
+.chart .m .tip { display: none; fill: var(--ink); } .chart .m { pointer-events: all; }
+.chart .m:hover .tip { display: inline; } .chart .m:hover > :first-child { stroke: var(--ink); stroke-width: 2; }
+.chart circle { stroke: transparent; stroke-width: 10; }
+"""
+
+
+def _declared(colours: dict[str, str]) -> str:
+    return " ".join(f"--{name}: {colour};" for name, colour in colours.items())
+
+
+STYLE = f"""
+.chart {{ {_declared(_LIGHT)} }}
+@media screen and (prefers-color-scheme: dark) {{ .chart {{ {_declared(_DARK)} }} }}
+{_RULES}{_HOVER}"""
 
 Show = Callable[[float], str]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve, or with a single point one dot; points (x, y) in order of x. `quiet` ones are grey."""
+    """One curve, or with a single point one dot; points (x, y) in order of x. `quiet` ones are grey.
+
+    Where names stand beside points, those that are not `labelled` appear with the pointer only.
+    """
 
     name: str
     points: tuple[tuple[float, float], ...]
     quiet: bool = False
+    labelled: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,6 +87,20 @@ class Mark:
 
     x: float
     label: str
+
+
+def style(theme: Theme) -> str:
+    """The style sheet of a file of charts: `auto` follows the reader's choice of light or dark.
+
+    A fixed theme names its colours outright, because many programs that draw SVG know no variables.
+    """
+    if theme == "auto":
+        ground = f".ground {{ fill: {_LIGHT['ground']}; }}"
+        dark = f".ground {{ fill: {_DARK['ground']}; }}"
+        return f"{STYLE}{ground} @media (prefers-color-scheme: dark) {{ {dark} }}"
+    colours = _LIGHT if theme == "light" else _DARK
+    rules = f"{_RULES}.ground {{ fill: var(--ground); }}"
+    return re.sub(r"var\(--(\w+)\)", lambda found: colours[found[1]], rules)
 
 
 def plain(value: float) -> str:
@@ -133,7 +178,7 @@ def bars(
         where = category.replace("\n", " ")
         left, width = box.left + (i + 0.1) * slot, 0.8 * slot
         if ghost:
-            hover = f"{where}, {ghost[0]}: {show(ghost[1][i])}"
+            hover = f"{_short(where, 24)}, {_short(ghost[0], 20)}: {show(ghost[1][i])}"
             body.append(_rect(_between(box, axis, left, width, (0, ghost[1][i])), 'class="ghost"', hover))
         base = 0.0
         for j, value in enumerate(column):
@@ -141,7 +186,7 @@ def bars(
                 continue
             part = width / (1 if stacked else len(series))
             bar = _between(box, axis, left + (0 if stacked else j * part), part, (base, base + value))
-            hover = f"{where}, {series[j][0]}: {show(value)}"
+            hover = f"{_short(where, 24)}, {_short(series[j][0], 20)}: {show(value)}"
             body.append(_rect(bar, f'class="f{j % _COLOURS}"', hover))
             base += value if stacked else 0
         if ghost and ghost[1][i]:  # over the bars, for where they are taller
@@ -161,10 +206,13 @@ def lines(
     log: bool = False,
     marks: Sequence[Mark] = (),
     named: bool = False,
+    origin: bool = True,
     show_x: Show = plain,
     show_y: Show = plain,
 ) -> str:
     """Curves over linear axes that include 0, or (log) over powers of two; every point is a dot.
+
+    Without `origin` the horizontal axis need not include 0.
 
     A point that is not finite, or on logarithmic axes not positive, is left out and breaks its curve. A mark
     beyond the points is left out. With `named` each curve's name stands at its last point, not in a legend.
@@ -174,7 +222,8 @@ def lines(
     if not points:
         return _nothing(title)
     zero = [] if log else [0.0]
-    x_values, y_values = [p[0] for p in points] + zero, [p[1] for p in points] + zero
+    x_values = [p[0] for p in points] + (zero if origin else [])
+    y_values = [p[1] for p in points] + zero
     ticks = power_ticks if log else nice_ticks
     x_axis = _Axis(ticks(min(x_values), max(x_values), 8 if log else 6), log)
     y_axis = _Axis(ticks(min(y_values), max(y_values), 5), log)
@@ -189,9 +238,12 @@ def lines(
             placed = [box.place(x_axis.at(x), y_axis.at(y)) for x, y in part]
             dashed = not line.quiet and i // _COLOURS % 2 == 1  # colours that come round again
             body += _curve(
-                hues[i], dashed, placed, [f"{line.name}, {show_x(x)}: {show_y(y)}" for x, y in part]
+                hues[i],
+                dashed,
+                placed,
+                [f"{_short(line.name, 34)}, {show_x(x)}: {show_y(y)}" for x, y in part],
             )
-            if named and part is parts[-1]:
+            if named and line.labelled and part is parts[-1]:
                 names.append((*placed[-1], line.name))
     frame = [*_y_axis(box, y_axis, y_label, show_y), *_x_ticks(box, x_axis, show_x)]
     return _svg(
@@ -209,10 +261,12 @@ def heat_map(
     y_label: str,
     top: float | None = None,
     show: Show = plain,
+    notes: Sequence[Sequence[str]] | None = None,
 ) -> str:
     """values[row][column] as shades between 0 and `top` (or the largest value); None is a dashed, empty cell.
 
-    Values are not negative. Cells with room for it carry their number.
+    Values are not negative. Cells with room for it carry their number. `notes`, one a cell, follow the value
+    while the pointer is on it.
     """
     known = [v for row in values for v in map(_finite, row) if v is not None]
     if not rows or not columns or not known:
@@ -226,7 +280,8 @@ def heat_map(
             cell = _Box(box.left + c * width, box.top + r * height, width, height)
             hover = f"{x_label} {columns[c]}, {y_label} {rows[r]}: "
             shade = 0.0 if value is None else min(1.0, value / peak)
-            body += _cell(cell, None if value is None else show(value), shade, hover)
+            note = f" {notes[r][c]}" if notes and notes[r][c] else ""
+            body += _cell(cell, None if value is None else show(value), shade, hover, note)
     labels, below = _category_labels(box, columns)
     for r in range(0, len(rows), max(1, math.ceil((_FONT + 2) / height))):
         body.append(_text(box.left - 6, box.top + (r + 0.5) * height + 4, _short(rows[r], 4), "end"))
@@ -234,8 +289,12 @@ def heat_map(
     return _svg(title, box.bottom + below + 22, parts)
 
 
-def beside(charts: Sequence[str], *, title: str, columns: int = 2, gap: float = 24) -> str:
+def beside(
+    charts: Sequence[str], *, title: str, columns: int = 2, gap: float = 24, theme: Theme = "auto"
+) -> str:
     """A standalone SVG file with charts in a grid, on a ground of its own so that it reads on any page."""
+    if theme != "auto":  # for print and for programs without a pointer
+        charts = [re.sub(r'<text class="tip".*?</text>', "", chart) for chart in charts]
     heights = [float(chart.partition('viewBox="')[2].partition('"')[0].split()[3]) for chart in charts]
     columns = max(1, min(columns, len(charts)))
     tall = max(heights, default=0.0)
@@ -245,10 +304,10 @@ def beside(charts: Sequence[str], *, title: str, columns: int = 2, gap: float = 
         x, y = gap + i % columns * (WIDTH + gap), gap + i // columns * (tall + gap)
         parts.append(f'<svg x="{_n(x)}" y="{_n(y)}" width="{WIDTH}" height="{_n(height)}">{chart}</svg>')
     inside = "\n".join(parts)
-    ground = ".ground { fill: #ffffff; } @media (prefers-color-scheme: dark) { .ground { fill: #0d1117; } }"
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(size[0])} {_n(size[1])}" role="img" '
-        f'aria-label="{_safe(title)}">\n<style>{STYLE}{ground}</style>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_n(size[0])} {_n(size[1])}" '
+        f'width="{_n(size[0])}" height="{_n(size[1])}" role="img" '
+        f'aria-label="{_safe(title)}">\n<style>{style(theme)}</style>\n'
         f'<rect class="ground" width="100%" height="100%" rx="8"/>\n{inside}\n</svg>\n'
     )
 
@@ -320,14 +379,25 @@ def _line(x: float, y: float, to: tuple[float, float], kind: str) -> str:
     return f'<line class="{kind}" x1="{_n(x)}" y1="{_n(y)}" x2="{_n(to[0])}" y2="{_n(to[1])}"/>'
 
 
-def _rect(box: _Box, attributes: str, hover: str) -> str:
+def _rect(box: _Box, attributes: str, hover: str = "") -> str:
+    """A rectangle, with `hover` a mark that tells its values."""
     size = f'x="{_n(box.left)}" y="{_n(box.top)}" width="{_n(box.width)}" height="{_n(box.height)}"'
-    return f"<rect {attributes} {size}><title>{_safe(hover)}</title></rect>"
+    return _told(f"<rect {attributes} {size}/>", hover)
+
+
+def _told(shape: str, hover: str) -> str:
+    """A shape and the line below the plot (100 % of the chart's height) that appears with the pointer on it."""
+    if not hover:
+        return shape
+    line = (
+        f'<text class="tip" x="50%" y="100%" dy="-4" text-anchor="middle">{_safe(_short(hover, 68))}</text>'
+    )
+    return f'<g class="m">{shape}{line}</g>'
 
 
 def _svg(title: str, height: float, parts: Sequence[str]) -> str:
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {_n(height)}" width="100%" role="img" '
+        f'<svg class="chart" viewBox="0 0 {WIDTH} {_n(height + _READOUT)}" width="100%" role="img" '
         f'aria-label="{_safe(title)}">{"".join(parts)}</svg>'
     )
 
@@ -351,7 +421,7 @@ def _legend(keys: Sequence[tuple[str, str]]) -> tuple[list[str], float]:
         if x > _LEFT and x + width > WIDTH:
             x, y = float(_LEFT), y + 18
         parts += [
-            _rect(_Box(x, y - 9, 10, 10), f'class="{kind}"', name),
+            _rect(_Box(x, y - 9, 10, 10), f'class="{kind}"'),
             _text(x + 15, y, short, kind="name"),
         ]
         x += width
@@ -416,8 +486,8 @@ def _curve(
         parts.append(f'<polyline class="path s{colour}{dash}" points="{path}"/>')
     radius = 5 if len(placed) == 1 else 3
     for (x, y), hover in zip(placed, hovers):
-        dot = f'<circle class="f{colour}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}">'
-        parts.append(f"{dot}<title>{_safe(hover)}</title></circle>")
+        dot = f'<circle class="f{colour}" cx="{_n(x)}" cy="{_n(y)}" r="{radius}"/>'
+        parts.append(_told(dot, hover))
     return parts
 
 
@@ -450,13 +520,13 @@ def _shade(share: float) -> str:
     return f'fill-opacity="{_n(0.06 + 0.94 * share)}"'
 
 
-def _cell(box: _Box, label: str | None, share: float, hover: str) -> list[str]:
+def _cell(box: _Box, label: str | None, share: float, hover: str, note: str = "") -> list[str]:
     """A cell of a heat map, shaded by `share` of the largest value; without a label it has no value."""
     gap = 1.0 if min(box.width, box.height) >= 8 else 0.0
     inner = _Box(box.left + gap / 2, box.top + gap / 2, box.width - gap, box.height - gap)
     if label is None:
-        return [_rect(inner, 'class="empty"', hover + "none")]
-    parts = [_rect(inner, f'class="f0" {_shade(share)}', hover + label)]
+        return [_rect(inner, 'class="empty"', f"{hover}none{note}")]
+    parts = [_rect(inner, f'class="f0" {_shade(share)}', f"{hover}{label}{note}")]
     if box.height >= 15 and box.width >= len(label) * _CHARACTER + 6:
         x, y = box.place(0.5, 0.5)
         parts.append(_text(x, y + 4, label, "middle", "on" if share > 0.5 else "name"))

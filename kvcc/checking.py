@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,9 @@ from kvcc.gates import GateResult, Gates, judge
 from kvcc.graph import Graph
 from kvcc.kernels import backend as kernel_backend
 from kvcc.kernels.linear import WeightType
+from kvcc.layer_errors import LayerError, layer_errors
 from kvcc.measure import (
+    Answer,
     GreedyAgreement,
     RetrievalScore,
     TextAgreement,
@@ -51,6 +53,8 @@ class CheckSize:
     retrieval_tasks: int = 4  # of each kind, at each length, visible and hidden
     greedy_prompts: int = 4
     greedy_tokens: int = 64
+    other_contexts: tuple[int, ...] = ()  # the same texts again, behind prefills of so many tokens
+    layers: bool = False  # each layer compressed by itself, on the first text of each kind
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Verdict:
     bits_per_element: float
     uncompressed_bytes_per_token: int  # fp16
     weights: str | None = None  # how linear layers stored theirs; None: as in the artifact
+    other_contexts: tuple[TextAgreement, ...] = ()
+    layers: tuple[LayerError, ...] = ()
     gates: tuple[GateResult, ...] = field(default=())
 
     @property
@@ -78,7 +84,8 @@ class Verdict:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         data = asdict(self)
-        for plain, text in zip(data["texts"], self.texts):
+        texts = zip([*data["texts"], *data["other_contexts"]], [*self.texts, *self.other_contexts])
+        for plain, text in texts:
             overall = text.overall
             plain["overall"] = {**asdict(overall), "ppl_increase_percent": overall.perplexity_increase}
         for plain, gate in zip(data["gates"], self.gates):
@@ -136,6 +143,12 @@ def check(
         )
         for kind, ids in kinds.items()
     )
+    lengths = tuple(_other_contexts(model, reference, kinds, size, report))
+    layers: tuple[LayerError, ...] = ()
+    if size.layers:
+        firsts = [rows[0] for rows in kinds.values()]
+        wanted = [known[kind][0] for kind in kinds]
+        layers = layer_errors(model, firsts, wanted, size.context, partial(report, "layer by layer"))
     greedy = None
     if size.greedy_prompts:
         prompts = [ids[: size.context] for ids in next(iter(kinds.values()))[: size.greedy_prompts]]
@@ -155,6 +168,8 @@ def check(
         model.plan.bits_per_element(),
         model.plan.uncompressed_bytes_per_token(),
         weights,
+        lengths,
+        layers,
     )
     return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
 
@@ -210,6 +225,24 @@ def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[
     return ids
 
 
+def _other_contexts(
+    model: CompiledModel,
+    reference: CompiledModel,
+    kinds: dict[str, list[list[int]]],
+    size: CheckSize,
+    report: Callable[[str, int, int], None],
+) -> Iterator[TextAgreement]:
+    """As many tokens of each text as `size` measures behind its context, behind other contexts."""
+    measured = size.length - size.context
+    for context in size.other_contexts:
+        if not 1 <= context <= size.context:
+            raise DataError(f"context {context} must lie between 1 and {size.context}, the longest one")
+        for kind, rows in kinds.items():
+            cut = [ids[: context + measured] for ids in rows]
+            step = partial(report, f"text: {kind} behind {context:,} tokens")
+            yield teacher_forced(model, reference, cut, kind=kind, context=context, on_step=step)
+
+
 def _retrieval(
     model: CompiledModel,
     reference: CompiledModel,
@@ -227,13 +260,15 @@ def _retrieval(
             for visible in (True, False):
                 found = []
                 for task in tasks:
-                    found.append(
-                        [retrieve(m, task, lambda t: _ask(model, t), visible, 16) for m in (model, reference)]
+                    pair = (
+                        retrieve(m, task, lambda t: _ask(model, t), visible, 16) for m in (model, reference)
                     )
+                    found.append(Answer(task.depth, *pair))
                     done += 1
                     report("retrieval", done, total)
-                ours, theirs = (100 * sum(column) / len(found) for column in zip(*found))
-                scores.append(RetrievalScore(kind, tokens, visible, len(tasks), ours, theirs))
+                ours = 100 * sum(a.found for a in found) / len(found)
+                theirs = 100 * sum(a.found_uncompressed for a in found) / len(found)
+                scores.append(RetrievalScore(kind, tokens, visible, len(tasks), ours, theirs, tuple(found)))
     return scores
 
 
@@ -281,5 +316,6 @@ def store_accuracy(artifact: Path, verdict: Verdict) -> None:
         text = json.dumps(verdict.as_dict(), indent=2, allow_nan=False)
     except ValueError as error:
         raise DataError(f"{artifact}: a measurement is not a finite number, so it is not stored") from error
+    page = render_report(artifact, verdict)
     update_file(artifact, "accuracy.json", f"{text}\n".encode())
-    update_file(artifact, "report.html", render_report(artifact, verdict).encode())
+    update_file(artifact, "report.html", page.encode())

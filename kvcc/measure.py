@@ -135,6 +135,15 @@ def _compare(logits: Tensor, expected: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """One retrieval task: where its fact stands, and whether each model's answer had it."""
+
+    depth: float  # share of the context before the (first) fact
+    found: bool
+    found_uncompressed: bool
+
+
+@dataclass(frozen=True)
 class RetrievalScore:
     """Share of answers found, in percent, on one kind of task."""
 
@@ -144,6 +153,7 @@ class RetrievalScore:
     tasks: int
     score: float
     reference: float
+    answers: tuple[Answer, ...] = ()
 
     @property
     def drop(self) -> float:

@@ -41,6 +41,13 @@ if TYPE_CHECKING:
     type=click.IntRange(min=0),
     help="Tokens to continue; 0 for none.",
 )
+@click.option(
+    "--contexts",
+    default="0",
+    show_default=True,
+    help="Other, shorter prefills to measure behind, comma-separated; 0 for none.",
+)
+@click.option("--layers", is_flag=True, help="Also measure each layer compressed by itself.")
 @click.option("--seed", default=0, show_default=True)
 @click.option(
     "--backend", default="auto", show_default=True, type=click.Choice(["auto", "reference", "cpu", "triton"])
@@ -71,6 +78,8 @@ def command(
     retrieval: str,
     retrieval_tasks: int,
     greedy: int,
+    contexts: str,
+    layers: bool,
     seed: int,
     backend: str,
     weights: "WeightType | None",
@@ -93,6 +102,8 @@ def command(
         retrieval_tasks,
         greedy_prompts=texts if greedy else 0,
         greedy_tokens=greedy,
+        other_contexts=_lengths(contexts, "--contexts"),
+        layers=layers,
     )
     with progress(as_json) as bar:
         tasks: dict[str, object] = {}
@@ -128,9 +139,9 @@ def command(
     ctx.exit(0 if verdict.passed else 1)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
+def _lengths(text: str, option: str = "--retrieval") -> tuple[int, ...]:
     try:
         lengths = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise DataError(f"--retrieval {text!r}: give context lengths such as 1024,2048, or 0") from None
+        raise DataError(f"{option} {text!r}: give context lengths such as 1024,2048, or 0") from None
     return tuple(n for n in lengths if n > 0)
