@@ -31,6 +31,7 @@ from kvcc.errors import (
 from kvcc.graph_format import graph_text, write_graph
 from kvcc.runtime import artifact as reader
 from kvcc.runtime.artifact import FileEntry, Manifest, read_artifact, read_manifest
+from kvcc.runtime.calibrated import Calibrated
 from kvcc.runtime.graph import parse_graph
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.kernel_files import KernelEntry, KernelIndex, binary_target, index_name
@@ -65,6 +66,7 @@ def write_artifact(
     report_html: str | None = None,
     licence: str | None = None,
     folded: Mapping[str, str] | None = None,
+    calibration: Calibrated | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write the artifact folder `path` from a lowered graph, its plan and its tables; gives the path back.
@@ -105,6 +107,7 @@ def write_artifact(
             licence=licence,
             runtimes=("torch",),
             folded=None if folded is None else dict(folded),
+            calibration=calibration,
             files=entries,
         )
         _write_manifest(folder, manifest)
@@ -359,7 +362,10 @@ def _write(path: Path, chunks: Iterable[Any]) -> FileEntry:
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
     """Written last: a folder without it is no artifact."""
-    _write(folder / reader.MANIFEST, [_json(manifest.model_dump(mode="json"), reader.MANIFEST)])
+    data = manifest.model_dump(mode="json")
+    if manifest.calibration is None:  # readers that do not know the field read artifacts without it
+        del data["calibration"]
+    _write(folder / reader.MANIFEST, [_json(data, reader.MANIFEST)])
 
 
 def _link(source: str, target: str) -> None:

@@ -12,6 +12,7 @@ from kvcc._version import __version__
 from kvcc.artifact import write_artifact
 from kvcc.frontend import LoadedModel, capture, save_tokenizer
 from kvcc.graph import Graph
+from kvcc.key_energy import calibrated
 from kvcc.pipeline import Compiled, PassReport, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe
@@ -35,6 +36,7 @@ def compile_model(
     """
     graph = graph or capture(loaded)
     compiled = run_passes(graph, profile, recipe, on_pass)
+    recorded = None if profile is None else calibrated(profile, compiled.plan, compiled.tables)
     provenance = {"kvcc": __version__, "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = None
@@ -53,9 +55,12 @@ def compile_model(
             passes=[_log(r) for r in compiled.reports],
             tokenizer_dir=tokenizer,
             accuracy=None,
-            report_html=report_html(compiled.plan, loaded.identity, recipe.as_dict(), provenance, None),
+            report_html=report_html(
+                compiled.plan, loaded.identity, recipe.as_dict(), provenance, None, calibration=recorded
+            ),
             licence=None,
             folded=folded(graph.module, compiled.module),
+            calibration=recorded,
             overwrite=overwrite,
         )
     return compiled

@@ -1,11 +1,11 @@
 """The report: what an artifact stores and how accurate it is, as one HTML page that loads nothing.
 
-`report_facts` gathers the numbers and `report_html` draws them; both are pure. What comes from an artifact is
-untrusted text: the template escapes it, and unprintable characters are dropped.
+`report_facts` gathers the numbers, `report_sections` says what is shown of them and `report_html` draws it; all are
+pure. What comes from an artifact is untrusted text: the template escapes it, and unprintable characters are dropped.
 """
 
-import math
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import yaml
 from markupsafe import Markup, escape
-from pydantic import BaseModel, NonNegativeInt, ValidationError, model_validator
 
 from kvcc import charts
-from kvcc.errors import ArtifactError
-from kvcc.gates import GateResult
+from kvcc.fronts import Front, Point, read_front
 from kvcc.kernels.layout import PageLayout, Side
-from kvcc.measure import Bucket, GreedyAgreement, RetrievalScore, TextAgreement
+from kvcc.report_figures import Facts, Figure
+from kvcc.report_sections import Section, report_sections
+from kvcc.report_verdict import Measured, read_verdict
+from kvcc.runtime.calibrated import Calibrated
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.plan import LayerPlan, Plan
 
@@ -27,31 +28,65 @@ if TYPE_CHECKING:
     from kvcc.checking import Verdict
     from kvcc.runtime.artifact import Artifact
 
-__all__ = ["render_report", "report_facts", "report_html", "stored_facts"]
+__all__ = ["Extras", "render_report", "report_facts", "report_figures", "report_html", "stored_facts"]
 
 SHORTEST, LONGEST = 32, 1 << 20  # tokens, of the curve of cache bytes
 EXAMPLE = 8192  # tokens, of the figure at the top, where the model's context is that long
-LARGEST_LOSS = 500.0  # nats per token; beyond it a perplexity overflows
-
-Facts = dict[str, Any]
 
 
-def render_report(artifact: Path, verdict: "Verdict | None") -> str:
+@dataclass(frozen=True)
+class Extras:
+    """What a report can show beside what an artifact holds.
+
+    `profile` is a profile's folder, in place of what the artifact recorded of its own; `front` a file of
+    `kvcc compare -o` or `kvcc plan -o`.
+    """
+
+    profile: Path | None = None
+    front: Path | None = None
+
+
+def render_report(artifact: Path, verdict: "Verdict | None", extras: Extras | None = None) -> str:
     """The report of an artifact folder, as HTML.
 
-    Without `verdict` it shows the accuracy stored in the artifact, if any. Raises ArtifactError.
+    Without `verdict` it shows the accuracy stored in the artifact, if any. Raises ArtifactError, and for `extras`
+    ProfileError and DataError.
     """
     found = _read(artifact)
     measured = verdict.as_dict() if verdict is not None else found.accuracy
+    calibration, front = _extras(found, extras or Extras())
     manifest = found.manifest
-    return report_html(found.plan, manifest.model, manifest.recipe, _provenance(found), measured)
+    return report_html(
+        found.plan,
+        manifest.model,
+        manifest.recipe,
+        _provenance(found),
+        measured,
+        calibration=calibration,
+        front=front,
+    )
 
 
-def stored_facts(artifact: Path) -> Facts:
-    """`report_facts` of an artifact folder, with the accuracy stored in it. Raises ArtifactError."""
+def stored_facts(artifact: Path, extras: Extras | None = None) -> Facts:
+    """`report_facts` of an artifact folder, with the accuracy stored in it. Raises what `render_report` does."""
     found = _read(artifact)
     manifest = found.manifest
-    return report_facts(found.plan, manifest.model, manifest.recipe, _provenance(found), found.accuracy)
+    calibration, front = _extras(found, extras or Extras())
+    return report_facts(
+        found.plan,
+        manifest.model,
+        manifest.recipe,
+        _provenance(found),
+        found.accuracy,
+        calibration=calibration,
+        front=front,
+    )
+
+
+def report_figures(artifact: Path, extras: Extras | None = None) -> list[Figure]:
+    """The figures of an artifact's report, in its order. Raises what `render_report` does."""
+    facts = stored_facts(artifact, extras)
+    return [figure for section in _sections(facts) for figure in section.figures]
 
 
 def report_html(
@@ -60,27 +95,28 @@ def report_html(
     recipe: Mapping[str, Any],
     provenance: Mapping[str, Any],
     verdict: Mapping[str, Any] | None,
+    *,
+    calibration: Calibrated | None = None,
+    front: Front | None = None,
 ) -> str:
     """One self-contained HTML page; the same input gives the same text.
 
     `provenance` maps labels to values, and under "files" file names to digests. `verdict` is
     `Verdict.as_dict()`, or the same from JSON. Raises ArtifactError when the verdict is not one.
     """
-    facts = report_facts(plan, identity, recipe, provenance, verdict)
-    measured = None if verdict is None else _read_verdict(verdict)
+    facts = report_facts(plan, identity, recipe, provenance, verdict, calibration=calibration, front=front)
+    measured = None if verdict is None else read_verdict(verdict)
     return _template().render(
         facts=facts,
         model=facts["model"],
         summary=_summary(facts, measured),
+        sections=_sections(facts),
         recipe_name=str(recipe.get("name") or "(unnamed)"),
         recipe_summary=str(recipe.get("summary") or ""),
         files=provenance.get("files", {}),
         recipe_yaml=escape(yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True)),
-        windows=[layer for layer in facts["layers"] if layer["window"]],
-        charts=_memory_charts(facts),
-        rows=_memory_rows(facts),
+        calibration=calibration,
         measured=measured,
-        accuracy=None if measured is None else _accuracy(measured),
         style=Markup(charts.STYLE),
     )
 
@@ -91,10 +127,13 @@ def report_facts(
     recipe: Mapping[str, Any],
     provenance: Mapping[str, Any],
     verdict: Mapping[str, Any] | None,
+    *,
+    calibration: Calibrated | None = None,
+    front: Front | None = None,
 ) -> Facts:
     """Every number of the report as plain data, for JSON. Raises ArtifactError when `verdict` is not one."""
     if verdict is not None:
-        _read_verdict(verdict)
+        read_verdict(verdict)
     layouts = plan.layouts()
     paged = [p for p in plan.layers if p.page]
     even = plan.break_even()
@@ -111,8 +150,38 @@ def report_facts(
             {"tokens": n, "bytes": plan.cache_bytes(n), "fp16_bytes": plan.uncompressed_bytes(n)}
             for n in _lengths(identity.context_length, even)
         ],
+        "calibration": None if calibration is None else calibration.model_dump(),
         "accuracy": None if verdict is None else dict(verdict),
+        "front": None if front is None else asdict(front),
     }
+
+
+def _sections(facts: Facts) -> list[Section]:
+    """The report's sections, from nothing but its facts."""
+    accuracy, calibration, front = facts["accuracy"], facts["calibration"], facts["front"]
+    measured = None if accuracy is None else read_verdict(accuracy)
+    return report_sections(
+        facts,
+        measured,
+        None if calibration is None else Calibrated.model_validate(calibration),
+        None if front is None else Front(front["command"], tuple(Point(**p) for p in front["points"])),
+    )
+
+
+def _extras(artifact: "Artifact", extras: Extras) -> tuple[Calibrated | None, Front | None]:
+    """What is known of the calibration, and a front with this artifact in it."""
+    manifest, plan = artifact.manifest, artifact.plan
+    calibration, front = manifest.calibration, None
+    if extras.profile is not None:
+        from kvcc.key_energy import calibrated
+        from kvcc.profile import Profile
+
+        profile = Profile.load(extras.profile)
+        profile.require_model(manifest.model)
+        calibration = calibrated(profile, plan, artifact.tables)
+    if extras.front is not None:
+        front = read_front(extras.front, manifest.recipe, plan.bits_per_element())
+    return calibration, front
 
 
 def _read(artifact: Path) -> "Artifact":
@@ -177,45 +246,7 @@ def _head_bytes(layout: PageLayout) -> list[tuple[int, int]]:
     return [(k, v) for k, v in sums]
 
 
-class _Measured(BaseModel):
-    """A verdict read back from plain data; `overall`, `holds` and `passed` are computed anew."""
-
-    against: str
-    recipe: str
-    seed: int
-    size: dict[str, Any]
-    texts: tuple[TextAgreement, ...]
-    retrieval: tuple[RetrievalScore, ...]
-    greedy: GreedyAgreement | None
-    bits_per_element: float
-    uncompressed_bytes_per_token: NonNegativeInt
-    gates: tuple[GateResult, ...]
-
-    @model_validator(mode="after")
-    def _has_numbers(self) -> "_Measured":
-        for text in self.texts:
-            if not text.buckets or min(b.tokens for b in text.buckets) < 1 or text.formula_bytes < 1:
-                raise ValueError(f"text {text.kind!r} measures no tokens or no bytes")
-            if any(max(abs(b.nll), abs(b.nll_reference)) > LARGEST_LOSS for b in text.buckets):
-                raise ValueError(f"text {text.kind!r} has a loss beyond {LARGEST_LOSS:g} nats per token")
-        return self
-
-    @property
-    def passed(self) -> bool:
-        return all(g.holds for g in self.gates)
-
-
-def _read_verdict(verdict: Mapping[str, Any]) -> _Measured:
-    try:
-        return _Measured.model_validate(dict(verdict))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ArtifactError(f"accuracy.json: {where}: {reason}; measure again: kvcc check --store") from error
-
-
-def _summary(facts: Facts, measured: _Measured | None) -> list[tuple[str, str, str]]:
+def _summary(facts: Facts, measured: Measured | None) -> list[tuple[str, str, str]]:
     """The figures at the top: value, what it is, remark."""
     longest = min(EXAMPLE, facts["model"]["context_length"])
     at = min(facts["cache"], key=lambda row: abs(row["tokens"] - longest))
@@ -243,147 +274,6 @@ def _summary(facts: Facts, measured: _Measured | None) -> list[tuple[str, str, s
             (f"{held} of {len(measured.gates)}", "gates hold", "✓ pass" if measured.passed else "✗ fail")
         )
     return rows
-
-
-def _memory_charts(facts: Facts) -> dict[str, Markup]:
-    layers = facts["layers"]
-    found = {"cache": _cache_chart(facts)}
-    if not any(layer["heads"] for layer in layers):
-        return {name: Markup(svg) for name, svg in found.items()}
-    names = [str(layer["layer"]) for layer in layers]
-    found["layers"] = charts.bars(
-        names,
-        [(side, [layer.get(key) for layer in layers]) for side, key in (("K", "k_bytes"), ("V", "v_bytes"))],
-        ghost=("fp16", [layer.get("fp16_bytes", 0) for layer in layers]),
-        stacked=True,
-        title="Bytes per token by layer, K and V, against fp16",
-        x_label="layer",
-        y_label="bytes per token",
-    )
-    rows = range(max(len(layer["heads"]) for layer in layers))
-    bits = {
-        side: [
-            [layer["heads"][r][side] if r < len(layer["heads"]) else None for layer in layers] for r in rows
-        ]
-        for side in ("k_bits", "v_bits")
-    }
-    top = max(value for side in bits.values() for row in side for value in row if value is not None)
-    for side, grid in bits.items():
-        found[side] = charts.heat_map(
-            [str(r) for r in rows],
-            names,
-            grid,
-            title=f"Bits per element of {side[0].upper()} by layer and KV head",
-            x_label="layer",
-            y_label="KV head",
-            top=top,
-            show=lambda value: f"{value:.3g}",
-        )
-    return {name: Markup(svg) for name, svg in found.items()}
-
-
-def _memory_rows(facts: Facts) -> dict[str, list[tuple[str, ...]]]:
-    """The tables that stand in for the charts."""
-    cache: list[tuple[str, ...]] = []
-    layers: list[tuple[str, ...]] = []
-    for row in facts["cache"]:
-        n, ours, fp16 = row["tokens"], row["bytes"], row["fp16_bytes"]
-        cache.append((f"{n:,}", f"{ours:,}", f"{fp16:,}", f"{fp16 / ours:.2f}"))
-    heads: dict[str, list[tuple[str, ...]]] = {"k_bits": [], "v_bits": []}
-    for layer in facts["layers"]:
-        name = str(layer["layer"])
-        if not layer["heads"]:
-            layers.append((name, layer["stored"], "", "0", "0", ""))
-            continue
-        k, v, fp16 = (layer[key] for key in ("k_bytes", "v_bytes", "fp16_bytes"))
-        layers.append((name, layer["stored"], layer["k_channels"], f"{k:,.1f}", f"{v:,.1f}", f"{fp16:,}"))
-        for side, rows in heads.items():
-            rows += [(name, str(i), f"{head[side]:.3f}") for i, head in enumerate(layer["heads"])]
-    return {"cache": cache, "layers": layers, **heads}
-
-
-def _cache_chart(facts: Facts) -> str:
-    even = facts["smaller_from_tokens"]
-    curves = [
-        charts.Line(name, tuple((row["tokens"], row[key]) for row in facts["cache"]), key != "bytes")
-        for name, key in (("this artifact", "bytes"), ("fp16", "fp16_bytes"))
-    ]
-    return charts.lines(
-        curves,
-        log=True,
-        marks=[charts.Mark(even, f"break-even: {even:,} tokens")] if even else [],
-        title="Cache bytes against context length, logarithmic axes",
-        x_label="context length, tokens",
-        y_label="cache of one sequence",
-        show_x=charts.token_count,
-        show_y=charts.binary_size,
-    )
-
-
-def _accuracy(measured: _Measured) -> Facts:
-    """Charts and table rows of a verdict."""
-    edges = sorted({(b.first, b.last) for text in measured.texts for b in text.buckets})
-    kl = [
-        (text.kind, [next((b.kl for b in text.buckets if (b.first, b.last) == edge), None) for edge in edges])
-        for text in measured.texts
-    ]
-    lengths = sorted({r.tokens for r in measured.retrieval})
-    return {
-        "kl": Markup(
-            charts.bars(
-                [f"{first:,}\nto {last - 1:,}" for first, last in edges],
-                kl,
-                title="KL divergence by context length",
-                x_label="context length, tokens",
-                y_label="KL, nats per token",
-            )
-        ),
-        "texts": [row for text in measured.texts for row in _text_rows(text)],
-        "memory": [_memory_row(text) for text in measured.texts],
-        "scores": [_score_row(r) for r in measured.retrieval],
-        "retrieval": [(n, Markup(_retrieval_chart(measured, n))) for n in lengths],
-    }
-
-
-def _text_rows(text: TextAgreement) -> list[tuple[str, ...]]:
-    labelled = [(b, f"{b.first:,} to {b.last - 1:,}") for b in text.buckets]
-    return [_text_row(text.kind, label, bucket) for bucket, label in [*labelled, (text.overall, "all")]]
-
-
-def _text_row(kind: str, label: str, bucket: Bucket) -> tuple[str, ...]:
-    ours, theirs = (f"{math.exp(nll):,.3f}" for nll in (bucket.nll, bucket.nll_reference))
-    change, top1 = f"{bucket.perplexity_increase:+.2f} %", f"{100 * bucket.top1:.2f} %"
-    return kind, label, f"{bucket.kl:.5f}", top1, ours, theirs, change, f"{bucket.tokens:,}"
-
-
-def _memory_row(text: TextAgreement) -> tuple[str, ...]:
-    error = 100 * (text.cache_bytes / text.formula_bytes - 1)
-    return (
-        text.kind,
-        f"{text.cache_tokens:,}",
-        f"{text.cache_bytes:,}",
-        f"{text.formula_bytes:,}",
-        f"{error:+.2f} %",
-    )
-
-
-def _score_row(score: RetrievalScore) -> tuple[str, ...]:
-    question = "visible" if score.question_visible else "hidden"
-    shares = f"{score.score:.0f} %", f"{score.reference:.0f} %"
-    return score.kind.replace("_", " "), f"{score.tokens:,}", question, *shares, str(score.tasks)
-
-
-def _retrieval_chart(measured: _Measured, tokens: int) -> str:
-    scores = [r for r in measured.retrieval if r.tokens == tokens]
-    kinds = [r.kind.replace("_", "\n") + ("\nvisible" if r.question_visible else "\nhidden") for r in scores]
-    return charts.bars(
-        kinds,
-        [("compressed", [r.score for r in scores])],
-        ghost=("uncompressed", [r.reference for r in scores]),
-        title=f"Retrieval at {tokens:,} tokens",
-        x_label="task, and the question when the context was compressed",
-        y_label="answers found, %",
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -23,6 +23,7 @@ from kvcc.errors import (
     ArtifactVersion,
     PlanError,
 )
+from kvcc.runtime.calibrated import Calibrated
 from kvcc.runtime.dry_run import check_shapes
 from kvcc.runtime.graph import Program, build_module, parse_graph
 from kvcc.runtime.identity import ModelIdentity
@@ -79,6 +80,7 @@ class Manifest(_Data):
     runtimes: tuple[str, ...]  # that can run it; "torch" is this one
     # Tensors that passes changed, and the model's parameter that each replaces ("": none); older artifacts do not say.
     folded: dict[str, str] | None = None
+    calibration: Calibrated | None = None  # of the profile it was compiled with
     files: dict[str, FileEntry]
 
 
@@ -111,6 +113,7 @@ def read_artifact(path: str | Path, *, verify: Verify = True, device: torch.devi
     if verify is True and (problems := _wrong_digests(folder, manifest)):
         raise ArtifactDigest(f"{folder}: {problems[0]}; the artifact was altered or damaged: get it again")
     plan = _read_plan(folder, manifest.model)
+    _check_calibration(manifest, plan)
     _check_sources(_read_json(folder, KERNELS))
     kernels = _read_indexes(folder, manifest)
     check_tables(read_header(folder / TABLES), plan)
@@ -281,6 +284,15 @@ def _read_accuracy(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
 def json_limit(name: str) -> int:
     """The most bytes that are read of a JSON file of this name."""
     return MAX_JSON_BYTES.get(name, MAX_INDEX_BYTES)
+
+
+def _check_calibration(manifest: Manifest, plan: Plan) -> None:
+    keys = manifest.calibration.keys if manifest.calibration else None
+    if keys is not None and (
+        len(keys) != len(plan.layers)
+        or any(found and len(found.kept) != layer.kv_heads for found, layer in zip(keys, plan.layers))
+    ):
+        raise ArtifactManifest(f"{MANIFEST}: calibration.keys: not of the plan's layers and KV heads")
 
 
 def _check_sources(data: Any) -> None:

@@ -1,35 +1,88 @@
-"""kvcc report: an artifact's report as one HTML page, or its numbers as JSON."""
+"""kvcc report: an artifact's report as one HTML page, its plots as files, or its numbers as JSON."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from kvcc.cli._console import json_option, out, print_json
 from kvcc.errors import ArtifactError, ArtifactUnwritable
 
+if TYPE_CHECKING:
+    from kvcc.charts import Theme
+
 
 @click.command("report")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Where to write the HTML page.")
+@click.option(
+    "-p",
+    "--profile",
+    type=click.Path(path_type=Path),
+    help="Show channels by this profile (kvcc calibrate), not by what the artifact recorded of its own.",
+)
+@click.option(
+    "--front",
+    type=click.Path(path_type=Path),
+    help="Show the artifact among others: a JSON file of kvcc compare -o or kvcc plan -o.",
+)
+@click.option("--plots", type=click.Path(path_type=Path), help="Folder to write each plot to, as a file.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    default=("svg",),
+    show_default=True,
+    type=click.Choice(["svg", "png"]),
+    help="Of plots; may be given twice. PNG needs kvcc[plots].",
+)
+@click.option(
+    "--theme",
+    default="light",
+    show_default=True,
+    type=click.Choice(["light", "dark", "auto"]),
+    help="Of plots; auto: an SVG follows its reader.",
+)
 @json_option
-def command(artifact: Path, output: Path | None, as_json: bool) -> None:
+def command(
+    artifact: Path,
+    output: Path | None,
+    profile: Path | None,
+    front: Path | None,
+    plots: Path | None,
+    formats: "tuple[Literal['svg', 'png'], ...]",
+    theme: "Theme",
+    as_json: bool,
+) -> None:
     """Write what ARTIFACT stores, and the accuracy that was measured, as a page that needs no network."""
-    from kvcc.report import render_report, stored_facts
-
-    if output is None and not as_json:
-        raise click.UsageError("give -o FILE for the page, or --json for its numbers")
-    if output is not None:
-        if output.resolve().is_relative_to(artifact.resolve()):
+    if output is None and plots is None and not as_json:
+        raise click.UsageError(
+            "give -o FILE for the page, --plots FOLDER for its plots, or --json for numbers"
+        )
+    for path in (output, plots):
+        if path is not None and path.resolve().is_relative_to(artifact.resolve()):
             raise ArtifactError(
-                f"{output} is inside the artifact, which would no longer match its digests; "
+                f"{path} is inside the artifact, which would no longer match its digests; "
                 "write it elsewhere (kvcc check --store keeps a report inside)"
             )
-        page = render_report(artifact, None)
+    from kvcc.plots import write_plots
+    from kvcc.report import Extras, render_report, stored_facts
+
+    extras = Extras(profile, front)
+    written = []
+    if output is not None:
+        page = render_report(artifact, None, extras)
         try:
             output.write_text(page, encoding="utf-8")
         except OSError as error:
             raise ArtifactUnwritable(f"{output}: the report cannot be written: {error.strerror}") from error
+        written.append(output)
+    if plots is not None:
+        written += write_plots(
+            artifact, plots, formats=tuple(dict.fromkeys(formats)), theme=theme, extras=extras
+        )
     if as_json:
-        print_json(stored_facts(artifact))
-    else:
-        out.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+        print_json(stored_facts(artifact, extras))
+        return
+    for path in written:
+        out.print(f"wrote {path}", markup=False, highlight=False, soft_wrap=True)
