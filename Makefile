@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Python compiles the modules it imports; compiling all of torch and transformers up front takes longer.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint constraints.txt
 
-.PHONY: demo bench test test-slow lint format types ci clean
+.PHONY: demo bench docs test test-slow lint format types ci clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvcc demo
@@ -17,6 +17,10 @@ demo: $(VENV)/.installed
 BENCH ?= --write
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.compare $(BENCH)
+
+# The site, in build/site. Pages open from there; searching them takes a server: python -m http.server -d build/site
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -88,6 +88,7 @@ def test_the_readme_gives_the_main_road() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text)
+    links = [link for link in links if link != "commands.md"]  # made when the site is built
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
     assert missing == []
 
