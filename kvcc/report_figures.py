@@ -233,7 +233,10 @@ def accuracy_figures(measured: Measured) -> list[Figure]:
 
 def _text_rows(text: TextAgreement) -> Rows:
     labelled = [(b, f"{b.first:,} to {b.last - 1:,}") for b in text.buckets]
-    return [_text_row(text.kind, label, bucket) for bucket, label in [*labelled, (text.overall, "all")]]
+    return [
+        _text_row(text.kind, label, bucket)
+        for bucket, label in [*labelled, (text.overall, f"all from {text.overall.first:,}")]
+    ]
 
 
 def _text_row(kind: str, label: str, bucket: Bucket) -> tuple[str, ...]:

@@ -73,6 +73,14 @@ def test_plots_are_there_and_nothing_complains(
     page.close()
 
 
+def test_open_tables_scroll_by_themselves_on_a_phone(browser: Any, report: Path) -> None:
+    page, _, _ = opened(browser, report, viewport={"width": 390, "height": 900})
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].some(t => t.scrollWidth > t.clientWidth)")
+    page.close()
+
+
 def test_text_in_plots_does_not_leave_them(browser: Any, report: Path) -> None:
     page, _, _ = opened(browser, report, viewport={"width": 1280, "height": 900})
     outside = page.evaluate("""() => [...document.querySelectorAll('figure svg text:not(.tip)')].filter(text => {

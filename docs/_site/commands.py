@@ -41,7 +41,7 @@ def section(name: str, command: click.Command) -> str:
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     text = " ".join((command.help or "").replace("\b", "").split())
     rows = [row for p in command.get_params(context) if (row := parameter(p, context))]
-    table = "\n".join(["| option | |", "| --- | --- |", *rows]) if rows else ""
+    table = "\n".join(["| option | meaning |", "| --- | --- |", *rows]) if rows else ""
     return f"## {name}\n\n{escaped(text)}\n\n```text\n{usage}\n```\n\n{table}\n"
 
 
