@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from kvcc.sensitivity import Gradients
 from kvcc.statistics import LayerShape, LayerStatistics
 
 SKIP_FIRST = 16  # tokens at the start of a prompt that means and covariances leave out
+SHIFT = 97  # positions, by which a model is tried out
 SAVE_EVERY = 30.0  # seconds between checkpoints
 
 
@@ -118,6 +120,7 @@ def calibrate(
     batch_size: int = 1,
     skip_first: int = SKIP_FIRST,
     gradients: bool = False,
+    positions: int | None = None,
     state: Path | None = None,
     resume: bool = False,
     save_every: float = SAVE_EVERY,
@@ -127,9 +130,15 @@ def calibrate(
 
     With `gradients`, a backward pass through every prompt follows, alone and unpadded (three times the time, and
     memory for the square of its length in every layer). A prompt that occurs again, in the same or a later set, is
-    left out. With `state`, a checkpoint is kept in that file every `save_every` seconds, for the caller to remove once
-    the profile is saved; with `resume`, a run that was killed goes on from there, and ends with the same bits as one
-    that was not. Without a state file `resume` starts from the beginning.
+    left out.
+
+    Where attention knows distances only (rotary positions), a prompt begins at a position drawn between 0 and
+    `positions` less its length (None: the model's context; 0: all begin at 0). It computes the same there, and
+    statistics of keys, which turn with their positions, then hold for contexts of that length.
+
+    With `state`, a checkpoint is kept in that file every `save_every` seconds, for the caller to remove once the
+    profile is saved; with `resume`, a run that was killed goes on from there, and ends with the same bits as one that
+    was not. Without a state file `resume` starts from the beginning.
 
     Raises DataError (no prompt; none longer than `skip_first`), CapacityError (a prompt longer than the
     model's context; a batch too large for memory), ProfileError (a state file of another run; values that
@@ -138,8 +147,14 @@ def calibrate(
     sets = without_repeats(sets)
     batches = _batches(sets, batch_size)
     _check_prompts(graph.model, sets, skip_first)
-    key = _run_key(graph.model, sets, batch_size, skip_first, gradients)
-    tap, done = _Tap(graph.module, skip_first), 0
+    span = graph.model.context_length if positions is None else positions
+    if span > graph.model.context_length:
+        raise CapacityError(
+            f"positions {span} lie beyond the context of {graph.model.name}, {graph.model.context_length} tokens"
+        )
+    span = span if span and knows_distances_only(graph, sets[0].prompts[0]) else 0
+    key = _run_key(graph.model, sets, batch_size, skip_first, gradients, span)
+    tap, done = _Tap(graph.module, skip_first, span), 0
     backward = Gradients(graph.module, skip_first) if gradients else None
     if resume and state is not None and state.exists():
         tap.shapes, tap.layers, done = _load_state(state, key)
@@ -162,6 +177,18 @@ def calibrate(
     return _profile(graph.model, sets, tap, skip_first)
 
 
+def knows_distances_only(graph: Graph, prompt: TokenPrompt) -> bool:
+    """Whether the model computes the same when all positions are shifted, up to rounding, tried on a few tokens."""
+    few = TokenPrompt(prompt.ids[:32], prompt.id)
+    shift = min(SHIFT, graph.model.context_length - len(few.ids))
+    tokens, at, mask = _left_padded([few], 0)
+    with torch.no_grad():
+        rows = torch.tensor([tokens.shape[1] - 1])
+        here, there = (graph.module(tokens, at + by, mask, rows).float() for by in (0, shift))
+    rounding = torch.finfo(getattr(torch, graph.model.dtype)).eps ** 0.5
+    return bool((here - there).abs().max() <= 10 * rounding * here.abs().max())
+
+
 def without_repeats(sets: Sequence[PromptSet]) -> tuple[PromptSet, ...]:
     """The sets without prompts that came before, and without sets that this leaves empty."""
     seen: set[str] = set()
@@ -177,9 +204,10 @@ def without_repeats(sets: Sequence[PromptSet]) -> tuple[PromptSet, ...]:
 class _Tap(fx.Interpreter):
     """Runs the graph as it is, and adds what each attention node receives to that layer's statistics."""
 
-    def __init__(self, module: fx.GraphModule, skip_first: int) -> None:
+    def __init__(self, module: fx.GraphModule, skip_first: int, span: int = 0) -> None:
         super().__init__(module)
         self.skip_first = skip_first
+        self.span = span  # positions that prompts are moved to; 0: they begin at 0
         self.shapes: dict[int, LayerShape] = {}
         self.layers: dict[int, LayerStatistics] = {}
         self.batch: list[tuple[int, Tensor, Tensor]] = []  # length, probe rows and draws of each prompt
@@ -194,7 +222,7 @@ class _Tap(fx.Interpreter):
             )
             for p in batch
         ]
-        tokens, positions, mask = _left_padded(batch)
+        tokens, positions, mask = _left_padded(batch, self.span)
         with torch.no_grad():
             self.run(tokens, positions, mask, torch.tensor([tokens.shape[1] - 1]))
 
@@ -244,7 +272,7 @@ def _measure(tap: _Tap, batch: Sequence[TokenPrompt], backward: Gradients | None
         tap.measure(batch)
         if backward is not None:
             for prompt in batch:
-                backward.add(tap.layers, prompt.ids, prompt.id)
+                backward.add(tap.layers, prompt.ids, prompt.id, _start(prompt, tap.span))
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
             raise
@@ -261,15 +289,24 @@ def _measure(tap: _Tap, batch: Sequence[TokenPrompt], backward: Gradients | None
             )
 
 
-def _left_padded(batch: Sequence[TokenPrompt]) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, positions [B, T] int64 and mask [B, T] int64, 1 at real tokens; padding comes first."""
+def _left_padded(batch: Sequence[TokenPrompt], span: int) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, positions [B, T] int64 and mask [B, T] int64, 1 at real tokens; padding comes first.
+
+    A prompt's first token has a position between 0 and `span` less the prompt's length, drawn by its id.
+    """
     lengths = torch.tensor([len(prompt.ids) for prompt in batch])
     width = int(lengths.max())
     tokens = torch.zeros(len(batch), width, dtype=torch.int64)
     for row, prompt in enumerate(batch):
         tokens[row, width - len(prompt.ids) :] = torch.tensor(prompt.ids)
     positions = torch.arange(width) - (width - lengths)[:, None]
-    return tokens, positions.clamp(min=0), (positions >= 0).long()
+    starts = torch.tensor([_start(prompt, span) for prompt in batch])
+    return tokens, positions.clamp(min=0) + starts[:, None], (positions >= 0).long()
+
+
+def _start(prompt: TokenPrompt, span: int) -> int:
+    """Position of a prompt's first token."""
+    return random.Random(f"position {prompt.id}").randint(0, max(0, span - len(prompt.ids)))
 
 
 def _batches(sets: Sequence[PromptSet], size: int) -> list[tuple[TokenPrompt, ...]]:
@@ -300,7 +337,12 @@ def _check_prompts(model: ModelIdentity, sets: Sequence[PromptSet], skip_first: 
 
 
 def _run_key(
-    model: ModelIdentity, sets: Sequence[PromptSet], batch_size: int, skip_first: int, gradients: bool
+    model: ModelIdentity,
+    sets: Sequence[PromptSet],
+    batch_size: int,
+    skip_first: int,
+    gradients: bool,
+    span: int,
 ) -> dict[str, str]:
     """What two runs must share for one to go on where the other stopped."""
     tokens = hashlib.sha256(json.dumps([[p.id, p.ids] for s in sets for p in s.prompts]).encode())
@@ -312,6 +354,7 @@ def _run_key(
         "skip_first": str(skip_first),
         "batch size": str(batch_size),
         "gradients": str(gradients),
+        "positions": str(span),
         "seed": ", ".join(str(each.seed) for each in sets),
         "data": ", ".join(f"{each.name} {each.digest}" for each in sets),
         "prompt tokens (length)": f"sha256:{tokens.hexdigest()}",
@@ -359,6 +402,7 @@ def _profile(model: ModelIdentity, sets: Sequence[PromptSet], tap: _Tap, skip_fi
     return Profile(
         model=model,
         skip_first=skip_first,
+        positions=tap.span,
         sources=sorted_sources(sources),
         prompts=tuple(sorted(p.id for s in sets for p in s.prompts)),
         shapes=tuple(tap.shapes[i] for i in sorted(tap.shapes)),
@@ -379,6 +423,7 @@ def calibrate_model(
     dtype: str = "float32",
     skip_first: int = SKIP_FIRST,
     gradients: bool = False,
+    positions: int | None = None,
     save_every: float = SAVE_EVERY,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -420,6 +465,7 @@ def calibrate_model(
         batch_size=batch_size,
         skip_first=skip_first,
         gradients=gradients,
+        positions=positions,
         state=state,
         resume=resume,
         save_every=save_every,

@@ -328,6 +328,16 @@ def tokenizer_json(tokenizer: Any) -> str:
     return json.dumps(settings, ensure_ascii=False)
 
 
+def save_checkpoint(loaded: LoadedModel, folder: Path) -> None:
+    """Write the model and its tokenizer as transformers does; a GGUF's model becomes a plain one."""
+    model: Any = loaded.model
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    if loaded.tokenizer is not None:
+        loaded.tokenizer.save_pretrained(folder)
+
+
 def save_tokenizer(loaded: LoadedModel, folder: str | Path) -> None:
     """Write what kvcc.runtime.tokenizer loads: tokenizer.json, tokenizer_settings.json, chat_template.jinja.
 

@@ -72,6 +72,7 @@ class _Document(BaseModel):
     kvcc_version: str
     taken: str
     skip_first: NonNegativeInt
+    positions: NonNegativeInt
     model: ModelIdentity
     sources: tuple[Source, ...]
     prompts: tuple[str, ...]  # ids, sorted
@@ -95,6 +96,7 @@ class Profile:
     shapes: tuple[LayerShape, ...]
     layers: tuple[LayerStatistics, ...]
     statistics_version: int = statistics.VERSION
+    positions: int = 0  # that prompts were moved to; 0: they began at 0
 
     @property
     def tokens(self) -> int:
@@ -271,6 +273,7 @@ def _merge_two(a: Profile, b: Profile) -> Profile:
         ("tokenizer", lambda p: p.model.tokenizer_digest),
         ("dtype", lambda p: p.model.dtype),
         ("skip_first", lambda p: p.skip_first),
+        ("positions", lambda p: p.positions),
         ("layer shapes", lambda p: p.shapes),
     ]
     for what, get in comparisons:
@@ -293,6 +296,7 @@ def _merge_two(a: Profile, b: Profile) -> Profile:
         shapes=a.shapes,
         layers=tuple(statistics.merged(x, y) for x, y in zip(a.layers, b.layers, strict=True)),
         statistics_version=a.statistics_version,
+        positions=a.positions,
     )
 
 
@@ -350,6 +354,7 @@ def _document(profile: Profile) -> tuple[_Document, bytes]:
         kvcc_version=__version__,
         taken=TAKEN,
         skip_first=profile.skip_first,
+        positions=profile.positions,
         model=profile.model,
         sources=profile.sources,
         prompts=profile.prompts,
@@ -381,6 +386,7 @@ def _load(folder: Path) -> Profile:
         shapes=shapes,
         layers=unpack(tensors, shapes, str(file)),
         statistics_version=document.statistics_version,
+        positions=document.positions,
     )
 
 

@@ -31,8 +31,13 @@ class Gradients(fx.Interpreter):
         self.skip_first = skip_first
         self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, layers: dict[int, LayerStatistics], ids: Sequence[int], prompt_id: str) -> None:
-        """Add one prompt's gradients to the layers' statistics; none for a prompt without a stored token."""
+    def add(
+        self, layers: dict[int, LayerStatistics], ids: Sequence[int], prompt_id: str, start: int = 0
+    ) -> None:
+        """Add one prompt's gradients to the layers' statistics; none for a prompt without a stored token.
+
+        `start`: the position of its first token.
+        """
         length = len(ids)
         first = self.skip_first + RECENT
         if length <= first:
@@ -43,7 +48,7 @@ class Gradients(fx.Interpreter):
         self.leaves = {}
         tokens = torch.tensor([list(ids)])
         with torch.enable_grad():
-            logits = self.run(tokens, torch.arange(length)[None], torch.ones_like(tokens), rows)
+            logits = self.run(tokens, start + torch.arange(length)[None], torch.ones_like(tokens), rows)
             predicted = logits[0].float().log_softmax(-1)
             labels = torch.multinomial(predicted.detach().exp(), 1, generator=generator)
             loss = -predicted.gather(1, labels).sum()

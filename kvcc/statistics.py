@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcc import sketch
 from kvcc.errors import ProfileError
 
-VERSION = 2  # of the meaning of the fields below; profiles of different versions do not merge
+VERSION = 3  # of the meaning of the fields below; profiles of different versions do not merge
 SINKS = 16  # the position class "sinks": the first tokens of a prompt
 RECENT = 64  # the position class "recent": the last tokens up to and including the query
 CLASSES = ("sinks", "middle", "recent")

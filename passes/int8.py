@@ -3,10 +3,12 @@
 from typing import ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from kvcc.bases import change_scales, largest
 from kvcc.kernels.layout import Plane, Side
 from kvcc.passes.contract import Compilation, Pass
+from kvcc.profile import Profile
 from kvcc.runtime.plan import HeadPlan
 from kvcc.surgery import tidy
 
@@ -25,11 +27,18 @@ class Int8(Pass):
     scales: Literal["head", "channel"] = Field("channel", description="what has a step of its own")
     margin: float = Field(1.0, gt=0, le=4, description="range over the greatest magnitude in calibration")
 
+    def head_scales(self, profile: Profile | None, index: int) -> tuple[Tensor, Tensor]:
+        """Steps of K and of V of each KV head, [Hkv] each."""
+        assert profile is not None
+        k, v = (x.amax(1) * self.margin / 127.5 for x in largest(profile, index))
+        return k, v
+
     def apply(self, compilation: Compilation) -> None:
         for index, layer in self.paged(compilation):
-            k, v = (x * self.margin / 127.5 for x in largest(compilation.need_profile(self.name), index))
+            profile = compilation.need_profile(self.name)
+            k, v = (x * self.margin / 127.5 for x in largest(profile, index))
             if self.scales == "head":
-                k, v = (x.amax(1, keepdim=True).expand_as(x) for x in (k, v))
+                k, v = (s[:, None].expand_as(x) for s, x in zip(self.head_scales(profile, index), (k, v)))
             change_scales(compilation, index, k, v)
             head = HeadPlan(
                 k=Side((Plane(8, layer.k_dim),), "tokens", steps="unit"),

@@ -345,7 +345,7 @@ class Recorder(fx.Interpreter):
 def test_captured_models_with_windows_softcap_and_sinks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     graph = tiny_graph(name)
     one = prompts("one", (70, 5, 23))
-    profile = calibrate(graph, [one], batch_size=2)
+    profile = calibrate(graph, [one], batch_size=2, positions=0)
     names = {f"prompt {i}": prompt.id for i, prompt in enumerate(one.prompts)}
     rows = statistics.probe_rows
     monkeypatch.setattr(statistics, "probe_rows", lambda length, name: rows(length, names[name]))
@@ -495,3 +495,24 @@ def test_a_run_that_was_killed_ends_with_the_same_profile(
     same(Profile.load(tmp_path / "p"), Profile.load(tmp_path / "whole"))
     files = [(tmp_path / name / "profile.json").read_bytes() for name in ("p", "whole")]
     assert files[0] == files[1]
+
+
+def test_keys_are_known_at_all_positions() -> None:
+    """Prompts are moved about the model's context: distances, and what follows from them, stay what they were."""
+    graph, sets = tiny_graph("llama"), [prompts("one", (60, 50, 40))]
+    still, moved = (calibrate(graph, sets, skip_first=2, gradients=True, positions=p) for p in (0, None))
+    assert (still.positions, moved.positions) == (0, graph.model.context_length)
+    for layer in range(2):
+        torch.testing.assert_close(moved.v_cov(layer), still.v_cov(layer), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(moved.v_fisher(layer), still.v_fisher(layer), rtol=1e-3, atol=1e-6)
+        for kept in ("kk", "qq", "k_fisher"):  # rotations keep lengths, and a basis that turns with its keys
+            a, b = (getattr(p, kept)(layer).diagonal(dim1=1, dim2=2).sum(-1) for p in (moved, still))
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+        assert (moved.k_mean(layer) - still.k_mean(layer)).abs().max() > 0.05
+    with pytest.raises(CapacityError, match="positions 9999 lie beyond the context"):
+        calibrate(graph, sets, skip_first=2, positions=9999)
+
+
+def test_models_of_absolute_positions_stay_where_they_are() -> None:
+    profile = calibrate(tiny_graph("opt"), [prompts("one", (60, 50))], skip_first=2)
+    assert profile.positions == 0

@@ -48,6 +48,12 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
     help="Also measure what errors in keys and values cost (three times the time).",
 )
 @click.option(
+    "--positions",
+    type=click.IntRange(0),
+    help="Length of the contexts to be served: prompts are moved to positions up to it, since keys turn with theirs. "
+    "[default: the model's context]",
+)
+@click.option(
     "--save-every",
     default=30.0,
     show_default=True,

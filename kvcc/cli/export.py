@@ -43,6 +43,14 @@ if TYPE_CHECKING:
     metavar="TARGET",
     help="Put kernels compiled for this GPU target (sm_90, gfx942, …) into the artifact; may be given several times.",
 )
+@click.option(
+    "--format",
+    "layout",
+    default="kvcc",
+    show_default=True,
+    type=click.Choice(["kvcc", "compressed-tensors"]),
+    help="compressed-tensors: a Hugging Face folder with kv_cache_scheme and scales, for fp8 and int8.",
+)
 @click.option("--check", "run_check", is_flag=True, help="Measure accuracy and store it in the artifact.")
 @json_option
 def command(
@@ -55,6 +63,7 @@ def command(
     force: bool,
     explain: bool,
     gpus: tuple[str, ...],
+    layout: str,
     run_check: bool,
     as_json: bool,
 ) -> None:
@@ -71,6 +80,8 @@ def command(
     from kvcc.pipeline import PassReport
     from kvcc.profile import Profile
 
+    if layout != "kvcc" and (gpus or run_check):
+        raise click.UsageError(f"--gpu and --check are for artifacts, not for --format {layout}")
     check_target(output, overwrite=force)
     check_gpu_targets(gpus)
     statistics = Profile.load(profile) if profile else None
@@ -91,6 +102,9 @@ def command(
         for note in report.notes if explain else ():
             out.print(f"  layer {note.layer}: {'' if note.fired else 'not applied: '}{escape(note.text)}")
 
+    if layout == "compressed-tensors":
+        _exchange(loaded, statistics, chosen, output, force, as_json)
+        return
     compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=told)
     kernels: dict[str, int] = {}
     if gpus:
@@ -163,6 +177,26 @@ def _runs(stored: Any, plan: Any) -> list[tuple[int, int, float, int]]:
         else:
             runs.append((index, index, nbytes, plain))
     return runs
+
+
+def _exchange(
+    loaded: "LoadedModel",
+    profile: "Profile | None",
+    recipe: "Recipe",
+    output: Path,
+    force: bool,
+    as_json: bool,
+) -> None:
+    from kvcc.exchange.compressed_tensors import write_compressed_tensors
+    from kvcc.frontend import capture
+    from kvcc.pipeline import run_passes
+
+    compiled = run_passes(capture(loaded), profile, recipe)
+    scales = write_compressed_tensors(loaded, profile, recipe, compiled, output, overwrite=force)
+    if as_json:
+        print_json({"folder": str(output), "scales": scales})
+    else:
+        out.print(f"{output}: the model with {len(scales)} scales of its cache, for vLLM and llm-compressor")
 
 
 def _planned(
