@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from kvcc._version import __version__
+from kvcc.engines import engines
 from kvcc.errors import (
     ArtifactExists,
     ArtifactManifest,
@@ -105,7 +106,9 @@ def write_artifact(
             recipe=recipe,
             passes=tuple(passes),
             licence=licence,
-            runtimes=("torch",),
+            runtimes=tuple(
+                name for name, reason in engines(recipe.get("passes", []), folded).items() if not reason
+            ),
             folded=None if folded is None else dict(folded),
             calibration=calibration,
             files=entries,

@@ -77,7 +77,7 @@ class Manifest(_Data):
     recipe: dict[str, Any]
     passes: tuple[dict[str, Any], ...]  # the log: what each pass did
     licence: str | None
-    runtimes: tuple[str, ...]  # that can run it; "torch" is this one
+    runtimes: tuple[str, ...]  # engines that can run it or its recipe; "torch" is this one
     # Tensors that passes changed, and the model's parameter that each replaces ("": none); older artifacts do not say.
     folded: dict[str, str] | None = None
     calibration: Calibrated | None = None  # of the profile it was compiled with

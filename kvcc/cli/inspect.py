@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 
 from kvcc.cli._console import json_option, out, print_json, size
+from kvcc.engines import engines
 from kvcc.errors import ArtifactError
 
 
@@ -17,7 +18,7 @@ from kvcc.errors import ArtifactError
 @click.option("--verify", is_flag=True, help="Check the digest of every file.")
 @json_option
 def command(artifact: Path, verify: bool, as_json: bool) -> None:
-    """Print model, recipe, layer table, bytes, accuracy, and which backends can run ARTIFACT here."""
+    """Print model, recipe, layer table, bytes, accuracy, and which backends and engines can run ARTIFACT."""
     from kvcc.runtime.artifact import read_artifact, verify_digests
 
     if verify and (problems := verify_digests(artifact)):
@@ -38,6 +39,7 @@ def command(artifact: Path, verify: bool, as_json: bool) -> None:
         "layers": [_layer(plan, i) for i in range(len(plan.layers))],
         "gpu_kernels": {target: _carried(index) for target, index in found.kernels.items()},
         "backends": _backends(plan),
+        "engines": engines(manifest.recipe.get("passes", []), manifest.folded),
         "accuracy": found.accuracy,
     }
     if as_json:
@@ -125,6 +127,8 @@ def _show(facts: dict[str, Any]) -> None:
     head.add_row("smaller than fp16", f"from {even:,} tokens on" if even is not None else "never")
     for name, reason in facts["backends"].items():
         head.add_row(f"{name} kernels", "can run it here" if reason is None else reason)
+    for name, reason in facts["engines"].items():
+        head.add_row(f"in {name}", "yes" if reason is None else f"no: {reason}")
     for target, carried in facts["gpu_kernels"].items():
         why = carried["why_not"]
         head.add_row(
