@@ -100,31 +100,40 @@ def fold_value_map(
 
     mean: [Hkv, D]; basis: [Hkv, D, D], orthogonal unless its inverse is given; all arithmetic in float64.
     """
-    back = basis if inverse is None else inverse.mT
+    fold_into_values(compilation, v, mean, basis)
+    fold_out_of_values(compilation, out, mean, basis.mT if inverse is None else inverse)
+
+
+def fold_into_values(compilation: Compilation, v: Projection, mean: Tensor, basis: Tensor) -> None:
+    """Rewrite W_v and b_v so that they give (V - mean) @ basis; mean [Hkv, D], basis [Hkv, D, D], float64."""
     module = compilation.graph.module
-    w = attribute(module, v.weight).double().clone()
-    b = (
-        torch.zeros(len(w), dtype=torch.float64)
-        if v.bias is None
-        else attribute(module, v.bias).double().clone()
-    )
-    rows = w[v.index]  # [Hkv, D, hidden]
-    w[v.index] = basis.transpose(1, 2) @ rows
+    w, b = _weights(module, v)
+    w[v.index] = basis.mT @ w[v.index]  # [Hkv, D, hidden]
     b[v.index] = torch.einsum("hd,hde->he", b[v.index] - mean, basis)
     has_bias = v.bias is not None or bool(mean.any())
     set_linear(module, v.linear, w, b if has_bias else None)
 
-    wo = attribute(module, out.weight).double().clone()
-    bo = (
-        torch.zeros(len(wo), dtype=torch.float64)
-        if out.bias is None
-        else attribute(module, out.bias).double().clone()
-    )
-    group = len(out.index) // len(v.index)
-    columns = wo[:, out.index]  # [hidden, Hq, D]
-    bo = bo + torch.einsum("ohd,hd->o", columns, mean.repeat_interleave(group, 0))
-    wo[:, out.index] = torch.einsum("ohd,hde->ohe", columns, back.repeat_interleave(group, 0))
-    set_linear(module, out.linear, wo, bo if out.bias is not None or bool(mean.any()) else None)
+
+def fold_out_of_values(
+    compilation: Compilation, out: Projection, mean: Tensor, inverse: Tensor | None = None
+) -> None:
+    """Rewrite W_o and b_o so that they take V' @ inverse + mean (None: V' + mean) for V; as fold_into_values."""
+    module = compilation.graph.module
+    w, b = _weights(module, out)
+    group = len(out.index) // len(mean)
+    columns = w[:, out.index]  # [hidden, Hq, D]
+    b = b + torch.einsum("ohd,hd->o", columns, mean.repeat_interleave(group, 0))
+    if inverse is not None:
+        w[:, out.index] = torch.einsum("ohd,hed->ohe", columns, inverse.repeat_interleave(group, 0))
+    set_linear(module, out.linear, w, b if out.bias is not None or bool(mean.any()) else None)
+
+
+def _weights(module: fx.GraphModule, projection: Projection) -> tuple[Tensor, Tensor]:
+    """Copies of a projection's weight and bias (zeros where it has none), float64."""
+    w = attribute(module, projection.weight).double().clone()
+    if projection.bias is None:
+        return w, torch.zeros(len(w), dtype=torch.float64)
+    return w, attribute(module, projection.bias).double().clone()
 
 
 def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float) -> int:

@@ -37,12 +37,20 @@ class Coder:
     cost: Tensor  # [H, D, W] nats a token
 
 
-def basis_of(kind: Basis, covariance: Tensor, metric: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """forward, inverse [H, D, D]. `dual`: uncorrelated channels whose errors add up under the metric, too."""
+def basis_of(
+    kind: Basis, covariance: Tensor, metric: Tensor, seed: int, joint_heads: int = 1
+) -> tuple[Tensor, Tensor]:
+    """forward, inverse [H, D, D]. `dual`: uncorrelated channels whose errors add up under the metric, too.
+
+    `pca` of `joint_heads` heads side by side weighs each of them by what its errors cost on average.
+    """
     heads, size, _ = covariance.shape
     if kind == "pca":
-        forward = torch.linalg.eigh(covariance).eigenvectors.flip(-1)
-        return forward, forward.mT
+        cost = metric.diagonal(dim1=1, dim2=2).unflatten(1, (joint_heads, -1)).mean(-1)
+        weight = (cost / cost.mean(-1, keepdim=True)).clamp_min(1e-9).sqrt()
+        weight = weight.repeat_interleave(size // joint_heads, 1)  # [H, D], 1 for one head
+        turn = torch.linalg.eigh(weight[..., None] * covariance * weight[:, None]).eigenvectors.flip(-1)
+        return weight[..., None] * turn, turn.mT / weight[:, None]
     if kind == "dual":
         root, back = _power(metric, 0.5), _power(metric, -0.5)
         turn = torch.linalg.eigh(root @ covariance @ root).eigenvectors.flip(-1)
@@ -64,14 +72,39 @@ def shrunk(metric: Tensor, share: float) -> Tensor:
     return (1 - share) * metric + share * mean * torch.eye(metric.shape[-1], dtype=metric.dtype)
 
 
-def coder(
-    samples: Tensor, mean: Tensor, covariance: Tensor, metric: Tensor, kind: Basis, *, scaled: bool, seed: int
-) -> Coder:
-    """Fit one side of a layer: samples [H, S, D], mean [H, D], covariance and metric [H, D, D].
+@dataclass(frozen=True)
+class Observed:
+    """What calibration saw of one side of a layer: samples [H, S, D], mean [H, D], covariance and metric [H, D, D]."""
 
-    `scaled`: tokens will have scales of their own.
+    samples: Tensor
+    mean: Tensor
+    covariance: Tensor
+    metric: Tensor
+
+
+def joint(side: Observed, count: int) -> Observed:
+    """The same of every `count` heads side by side, [H / count, ..., count * D].
+
+    Statistics hold no covariances between heads, so these come from the samples; errors of different heads are
+    taken to cost what they cost alone.
     """
-    forward, inverse = basis_of(kind, covariance, metric, seed)
+    if count == 1:
+        return side
+    samples = side.samples.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)
+    mean = side.mean.unflatten(0, (-1, count)).flatten(1)
+    x = samples.double() - mean[:, None]
+    return Observed(samples, mean, x.mT @ x / max(1, x.shape[1]), _blocks(side.metric, count))
+
+
+def _blocks(matrices: Tensor, count: int) -> Tensor:
+    """Block-diagonal matrices [H / count, count * D, count * D] of [H, D, D]."""
+    return torch.stack([torch.block_diag(*some) for some in matrices.unflatten(0, (-1, count))])
+
+
+def coder(side: Observed, kind: Basis, *, scaled: bool, seed: int, joint_heads: int = 1) -> Coder:
+    """Fit one side of a layer. `scaled`: tokens will have scales of their own."""
+    samples, mean, metric = side.samples, side.mean, side.metric
+    forward, inverse = basis_of(kind, side.covariance, metric, seed, joint_heads)
     x = (samples.double() - mean[:, None]) @ forward
     weight = torch.einsum("hcd,hde,hce->hc", inverse, metric, inverse)  # of a channel's squared error
     order = (weight * x.square().mean(1)).argsort(-1, descending=True)

@@ -7,12 +7,29 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcc.errors import PassError
-from kvcc.folds import fold_value_map, output_side, value_projection
+from kvcc.folds import (
+    fold_into_values,
+    fold_out_of_values,
+    fold_value_map,
+    output_side,
+    value_projection,
+)
+from kvcc.joint_heads import check_joint_heads, join_heads
 from kvcc.kernels.layout import TOKEN_SCALE_BITS, Groups, Plane, Side
 from kvcc.passes.contract import Compilation, Pass
 from kvcc.runtime.plan import HeadPlan
 from kvcc.surgery import tidy
-from kvcc.transform_coding import QUANTUM, WIDTHS, Basis, Coder, coder, give_bits, shrunk
+from kvcc.transform_coding import (
+    QUANTUM,
+    WIDTHS,
+    Basis,
+    Coder,
+    Observed,
+    coder,
+    give_bits,
+    joint,
+    shrunk,
+)
 
 
 class Transform(Pass):
@@ -23,7 +40,9 @@ class Transform(Pass):
     gradients (kvcc calibrate --gradients), else by errors of logits and of the layer's output. Steps are fixed by
     calibration and folded into the basis, so a page holds codes only; `token_scales` adds four bits a token and
     side, by which tokens with heavy tails are scaled down. V's basis and mean go into W_v, W_o and b_o; K's are
-    applied to queries and to keys that are sealed. Sinks and the recent window stay exact.
+    applied to queries and to keys that are sealed. Sinks and the recent window stay exact. With `joint_heads` several
+    KV heads of a layer share one basis, which removes what they have in common, too; attention over them then does
+    `joint_heads` times the arithmetic.
 
     Transform coding with greedy marginal gains is classical (Huang & Schultheiss, 1963; Shoham & Gersho, 1988); compare
     SVDq (arXiv 2502.15304), which gives bits to singular directions of K, and OSCAR (arXiv 2605.17757), whose
@@ -38,6 +57,9 @@ class Transform(Pass):
     k_basis: Basis = Field("pca", description="native, hadamard, pca, or dual (weighted by the metric)")
     v_basis: Basis = Field("pca", description="the same for V")
     token_scales: bool = Field(True, description="four bits a token and side, against heavy tails")
+    joint_heads: int = Field(
+        1, ge=1, description="KV heads of a layer that share a basis; divides their number"
+    )
     heads: Literal["shared", "own"] = Field(
         "own",
         description="whether the KV heads of a layer share one allocation (fewer GPU kernels) or have their own",
@@ -50,8 +72,11 @@ class Transform(Pass):
         coders = [self._coders(compilation, index) for index in layers]
         widths = self._widths(compilation, layers, coders)
         for index, (k, v), (k_bits, v_bits) in zip(layers, coders, widths):
+            if self.joint_heads > 1:
+                _join(compilation, index, self.joint_heads, v, v_bits)
+            else:
+                _fold_values(compilation, index, v, v_bits)
             _store_keys(compilation, index, k, k_bits)
-            _fold_values(compilation, index, v, v_bits)
             self._narrow(compilation, index, k_bits, v_bits)
         tidy(compilation.graph.module)
 
@@ -62,24 +87,22 @@ class Transform(Pass):
                 f"layer {index}: {layer.k_dim} K and {layer.v_dim} V channels are no multiples of {QUANTUM}; "
                 "use kivi"
             )
+        check_joint_heads(index, layer, self.joint_heads)
         k, v = profile.samples(index)
         no_mean = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
         v_mean = torch.zeros_like(profile.v_mean(index)) if no_mean else profile.v_mean(index)
         v_cov = profile.vv(index) if no_mean else profile.v_cov(index)
         k_metric, v_metric = (shrunk(m, self.shrinkage) for m in self._metrics(compilation, index))
-        scaled = self.token_scales
-        return (
-            coder(
-                k,
-                profile.k_mean(index),
-                profile.k_cov(index),
-                k_metric,
-                self.k_basis,
-                scaled=scaled,
-                seed=index,
-            ),
-            coder(v, v_mean, v_cov, v_metric, self.v_basis, scaled=scaled, seed=index),
+        sides = (
+            (self.k_basis, Observed(k, profile.k_mean(index), profile.k_cov(index), k_metric)),
+            (self.v_basis, Observed(v, v_mean, v_cov, v_metric)),
         )
+        many = self.joint_heads
+        k_coder, v_coder = (
+            coder(joint(side, many), basis, scaled=self.token_scales, seed=index, joint_heads=many)
+            for basis, side in sides
+        )
+        return k_coder, v_coder
 
     def _metrics(self, compilation: Compilation, index: int) -> tuple[Tensor, Tensor]:
         """What errors in K and V of a layer cost, [H, D, D] each."""
@@ -105,17 +128,18 @@ class Transform(Pass):
         ]  # [H, groups, W]
         plans = [compilation.plan.layers[index] for index in layers]
         bits = self.bits * sum(p.model_elements for p in plans)
-        bits -= 2 * TOKEN_SCALE_BITS * self.token_scales * sum(p.kv_heads for p in plans)
+        heads = [p.kv_heads // self.joint_heads for p in plans]
+        bits -= 2 * TOKEN_SCALE_BITS * self.token_scales * sum(heads)
         if self.heads == "shared":
             costs = [cost.sum(0, keepdim=True) for cost in costs]
-            bits /= plans[0].kv_heads if plans else 1
+            bits /= heads[0] if heads else 1
         chosen = give_bits([cost.flatten(0, 1) for cost in costs], bits / QUANTUM)
         found = [
             torch.tensor(WIDTHS)[groups].unflatten(0, cost.shape[:2]).repeat_interleave(QUANTUM, 1)
             for groups, cost in zip(chosen, costs)
         ]
         if self.heads == "shared":
-            found = [each.expand(plans[0].kv_heads, -1) for each in found]
+            found = [each.expand(heads[0], -1) for each in found]
         return list(zip(found[::2], found[1::2]))
 
     def _narrow(self, compilation: Compilation, index: int, k_bits: Tensor, v_bits: Tensor) -> None:
@@ -145,11 +169,28 @@ def _store_keys(compilation: Compilation, index: int, k: Coder, bits: Tensor) ->
 
 def _fold_values(compilation: Compilation, index: int, v: Coder, bits: Tensor) -> None:
     """W_v, W_o and biases in which V has the coordinates of pages."""
+    projections = value_projection(compilation, index), output_side(compilation, index)
+    fold_value_map(compilation, *projections, v.mean, *_value_maps(v, bits))
+
+
+def _join(compilation: Compilation, index: int, count: int, v: Coder, bits: Tensor) -> None:
+    """Every `count` heads as one; W_v, b_v and b_o in which V has its coordinates of pages, a table that leads back.
+
+    The way back is not folded into W_o, which would grow `count`-fold.
+    """
+    forward, inverse = _value_maps(v, bits)
+    output = output_side(compilation, index)
+    mean = v.mean.unflatten(1, (count, -1)).flatten(0, 1)  # [Hkv, E]
+    join_heads(compilation, index, count, inverse)
+    fold_out_of_values(compilation, output, mean)
+    fold_into_values(compilation, value_projection(compilation, index), v.mean, forward)
+
+
+def _value_maps(v: Coder, bits: Tensor) -> tuple[Tensor, Tensor]:
+    """What leads to the coordinates of pages, in which steps are 1, and back."""
     order, step = _chosen(v, bits)
     forward = _columns(v.forward, order) / step[:, None]
-    inverse = (_columns(v.inverse.mT, order) * step[:, None]).mT
-    projections = value_projection(compilation, index), output_side(compilation, index)
-    fold_value_map(compilation, *projections, v.mean, forward, inverse)
+    return forward, (_columns(v.inverse.mT, order) * step[:, None]).mT
 
 
 def _chosen(side: Coder, bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -328,7 +328,8 @@ def check_plan(plan: Plan, model: ModelIdentity) -> None:
             f"{model.name} has {model.layers} of {model.dtype}"
         )
     for index, layer in enumerate(plan.layers):
-        if (layer.q_heads, layer.kv_heads) != (model.q_heads, model.kv_heads):
+        # A pass may have joined KV heads: some of them stand side by side as one.
+        if layer.q_heads != model.q_heads or model.kv_heads % layer.kv_heads:
             raise ArtifactPlan(
                 f"plan: layer {index}: {layer.q_heads} query and {layer.kv_heads} KV heads; {model.name} has "
                 f"{model.q_heads} and {model.kv_heads}"

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.errors import PassError
+from kvcc.graph import attention_nodes, attention_spec
 from kvcc.kernels import cpu, reference, token_scales
 from kvcc.passes import pass_class
 from kvcc.pipeline import run_passes
 from kvcc.profile import Profile
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
-from kvcc.transform_coding import WIDTHS, basis_of, coder, give_bits, hadamard, shrunk
+from kvcc.transform_coding import WIDTHS, Observed, basis_of, coder, give_bits, hadamard, joint, shrunk
 from tests.compiled import CPU, compiled, recipe, runnable, stepwise, tokens, transformers_logits
 from tests.tiny import tiny_graph
 
@@ -43,6 +44,24 @@ def test_bases_invert_and_decorrelate(kind: str) -> None:
         torch.testing.assert_close(inverse @ metric @ inverse.mT, eye, atol=1e-5, rtol=0)
 
 
+def test_joint_heads_share_a_basis_by_what_their_errors_cost() -> None:
+    """Two heads that say the same need the channels of one, and what costs more comes first."""
+    random = torch.Generator().manual_seed(0)
+    one, other = torch.randn(2, 4000, 8, generator=random)
+    samples = torch.stack([one, one + 0.01 * other])
+    metric = torch.eye(8, dtype=torch.float64) * torch.tensor([4.0, 1.0])[:, None, None]
+    covariance = (samples.mT @ samples / 4000).double()
+    side = joint(Observed(samples, torch.zeros(2, 8).double(), covariance, metric), 2)
+    assert side.samples.shape == (1, 4000, 16)
+    torch.testing.assert_close(side.metric[0], torch.block_diag(*metric))
+    forward, inverse = basis_of("pca", side.covariance, side.metric, 0, joint_heads=2)
+    torch.testing.assert_close(forward @ inverse, torch.eye(16, dtype=torch.float64)[None], atol=1e-9, rtol=0)
+    turned = (side.samples.double() @ forward).square().mean(1)[0]
+    assert turned[8:].sum() < 1e-3 * turned.sum()
+    lost = (side.samples.double() @ forward[..., :8] @ inverse[:, :8] - side.samples).square().mean(1)[0]
+    assert lost[:8].sum() < lost[8:].sum()  # the first head costs four times as much
+
+
 @pytest.mark.parametrize("size", [8, 16, 24, 80])
 def test_hadamard_is_orthogonal(size: int) -> None:
     matrix = hadamard(size, 1)
@@ -54,7 +73,8 @@ def test_steps_are_the_best_of_their_neighbourhood() -> None:
     samples = torch.randn(1, 2000, 8, generator=random) * torch.tensor([9.0, 5, 3, 2, 1, 1, 0.5, 0.1])
     covariance = torch.diag_embed(samples.double().square().mean(1))
     identity = torch.eye(8, dtype=torch.float64)[None]
-    found = coder(samples, torch.zeros(1, 8).double(), covariance, identity, "native", scaled=False, seed=0)
+    seen = Observed(samples, torch.zeros(1, 8).double(), covariance, identity)
+    found = coder(seen, "native", scaled=False, seed=0)
     x = samples.double() @ found.forward
     for width, bits in enumerate(WIDTHS):
         if not bits:
@@ -123,7 +143,16 @@ def model_of(profile: Profile, options: str, backend: object = reference) -> Com
     )
 
 
-@pytest.mark.parametrize("options", ["", ", k_basis: dual, v_basis: hadamard", ", heads: shared"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        ", k_basis: dual, v_basis: hadamard",
+        ", heads: shared",
+        ", joint_heads: 2",
+        ", joint_heads: 2, k_basis: dual, v_basis: native, heads: shared",
+    ],
+)
 def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
     (row,) = tokens(60)
     (found,) = stepwise(model_of(profile, f"bits: 8.5{options}"), [row], [20, 33, 47])
@@ -155,7 +184,9 @@ def test_plans_keep_to_the_bits_asked_for(profile: Profile, bits: float, scales:
 
 
 @pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
-@pytest.mark.parametrize("options", ["bits: 3", "bits: 3, token_scales: false, heads: shared"])
+@pytest.mark.parametrize(
+    "options", ["bits: 3", "bits: 3, token_scales: false, heads: shared", "bits: 3, joint_heads: 2"]
+)
 def test_captured_steps_and_kernels_agree_with_the_reference(profile: Profile, options: str) -> None:
     rows = tokens(33, 50, seed=4)
     found, expected = (stepwise(model_of(profile, options, b), rows, range(20, 50)) for b in (cpu, reference))
@@ -174,6 +205,24 @@ def test_no_text_breaks_the_model(profile: Profile, text: str) -> None:
             table.mul_(1000)
     logits = stepwise(model, [row], range(40, 100))[0]
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_joint_heads_are_exact_where_nothing_is_sealed(architecture: str) -> None:
+    """GQA and MHA: wide heads with zeros elsewhere, and values that come back by tables."""
+    (row,) = tokens(40)
+    options = "{bits: 8, joint_heads: 2, k_basis: native, metric: output}"
+    chosen = recipe(f"\n  - transform: {options}", "windows: {sinks: 2, recent: 64, page: 8}\n")
+    model = runnable(architecture, chosen)
+    heads = attention_spec(attention_nodes(tiny_graph(architecture).module)[0]).kv_heads
+    assert model.plan.layers[0].kv_heads == heads // 2
+    (found,) = stepwise(model, [row], [20, 33])
+    torch.testing.assert_close(found, transformers_logits(architecture, row), atol=1e-4, rtol=1e-4)
+
+
+def test_joint_heads_must_divide() -> None:
+    with pytest.raises(PassError, match=r"layer 0: joint_heads 3 does not divide 2 KV heads; use 1, 2"):
+        compiled("llama", recipe("\n  - transform: {joint_heads: 3, metric: output}"))
 
 
 def test_fisher_needs_gradients() -> None:
