@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcc.attention_time import attention_ms
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.checking import uncompressed
@@ -35,6 +36,7 @@ DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on,
 CHUNK = 64  # tokens appended at once while measuring
 CALIBRATION_PROMPTS, CALIBRATION_LENGTH = 12, 1024
 FINALISTS = 3
+TIMED = 4096  # tokens that attention is timed over
 DATA_FREE = (
     "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
     "kivi: {k_bits: 2, v_bits: 2, group_size: 32}",
@@ -64,10 +66,14 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Goal:
-    """What to look for: the least divergence within `bits` per element, or the least bits within `kl` nats."""
+    """What to look for: the least divergence within `bits` per element, or the least bits within `kl` nats.
+
+    With `attention_ms`, recipes that trade time for bytes are tried, too, and no recipe may take longer than that.
+    """
 
     bits: float | None = None  # metadata included, windows not
     kl: float | None = None
+    attention_ms: float | None = None  # see kvcc.attention_time, at TIMED tokens
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,7 @@ class Measured:
     bytes_per_token: float
     kl: float
     by_kind: dict[str, float]
+    attention_ms: float | None = None  # where the goal bounds it
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,11 @@ class Search:
         return asdict(self)
 
 
-def candidates(goal: Goal, profile: Profile | None) -> list[str]:
-    """Recipes worth measuring, as YAML, in a fixed order: published methods, and transforms at the goal's bits."""
+def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[str]:
+    """Recipes worth measuring, as YAML, in a fixed order: published methods, and transforms at the goal's bits.
+
+    Bases of several of the model's `kv_heads` are among them where the goal bounds the time that they take.
+    """
     budgets = [goal.bits] if goal.bits is not None else [1.5, 2.0, 2.5, 3.0, 3.5, 4.25, 5.25, 6.25]
     fixed = list(DATA_FREE)
     if profile is not None:
@@ -107,6 +117,9 @@ def candidates(goal: Goal, profile: Profile | None) -> list[str]:
                 for scales in ("true", "false"):
                     options = f"bits: {bits:g}, k_basis: {basis}, v_basis: {basis}, token_scales: {scales}"
                     fixed.append(f"transform: {{{options}}}")
+            if goal.attention_ms is not None:
+                for joint in (n for n in range(2, kv_heads + 1) if kv_heads % n == 0):
+                    fixed.append(f"transform: {{bits: {bits:g}, joint_heads: {joint}}}")
     return [f"{WINDOWS}passes:\n  - {line}\n" for line in fixed]
 
 
@@ -145,7 +158,7 @@ def search(
     report = on_progress or (lambda what, done, total: None)
     graph = capture(loaded)
     bench = _Bench(loaded, profile, graph, texts, context, tokens, seed, state)
-    wanted = list(recipes) if recipes is not None else candidates(goal, profile)
+    wanted = list(recipes) if recipes is not None else candidates(goal, profile, loaded.identity.kv_heads)
     measured, refused = [], {}
     if recipes is None and goal.bits is not None:
         wanted += bench.mixed(goal, report)
@@ -190,7 +203,11 @@ def pareto(measured: Sequence[Measured]) -> tuple[Measured, ...]:
 
 
 def _fits(found: Measured, goal: Goal) -> bool:
-    return (goal.bits is None or found.bits <= goal.bits + 1e-9) and (goal.kl is None or found.kl <= goal.kl)
+    return (
+        (goal.bits is None or found.bits <= goal.bits + 1e-9)
+        and (goal.kl is None or found.kl <= goal.kl)
+        and (goal.attention_ms is None or (found.attention_ms or 0.0) <= goal.attention_ms)
+    )
 
 
 def _rank(found: Measured, goal: Goal) -> tuple[float, float]:
@@ -242,7 +259,8 @@ class _Bench:
 
         `short`: on one text of each kind, half its context and a quarter of its predictions.
         """
-        key = f"{'short ' if short else ''}{first} {recipe}"
+        timed = goal.attention_ms is not None
+        key = f"{'short ' if short else ''}{'timed ' if timed else ''}{first} {recipe}"
         if key not in self.known:
             found = self._measure(recipe, goal, first, short)
             if found is None:
@@ -277,9 +295,9 @@ class _Bench:
         if goal.bits is not None and made.plan.bits_per_element() > goal.bits + 1e-9:
             return None
         device = torch.device("cpu")
+        kernels = kernel_backend("auto", device)
         model = CompiledModel(
-            *(self.graph.model, "plan", made.plan, fuse(made.module), made.tables, None),
-            *(kernel_backend("auto", device), device),
+            *(self.graph.model, "plan", made.plan, fuse(made.module), made.tables, None), kernels, device
         )
         kinds = {}
         for name, rows in self.ids.items():
@@ -289,7 +307,8 @@ class _Bench:
             kinds[name] = sum(losses) / len(losses)
         plan = made.plan
         mean = sum(kinds.values()) / len(kinds)
-        return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds)
+        taken = None if goal.attention_ms is None else attention_ms(plan, kernels, TIMED)
+        return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds, taken)
 
     @cached_property
     def _short(self) -> dict[str, list[Tensor]]:

@@ -1,8 +1,9 @@
 """The planner: what it measures, what it chooses, and what it refuses."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 from click.testing import CliRunner
@@ -10,7 +11,8 @@ from click.testing import CliRunner
 from kvcc.cli import cli
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, load_model
-from kvcc.planner import Goal, Measured, candidates, pareto, search
+from kvcc.planner import Goal, Measured, Search, candidates, pareto, search
+from kvcc.profile import Profile
 from tests.saved import save_tiny_llama
 
 SMALL = {"texts": 1, "context": 96, "tokens": 32}
@@ -18,6 +20,7 @@ WINDOWS = "windows: {sinks: 2, recent: 8, page: 8}\n"
 RECIPES = [
     f"{WINDOWS}passes:\n  - kivi: {{k_bits: {bits}, v_bits: {bits}, group_size: 8}}\n" for bits in (2, 4, 8)
 ]
+PROFILE = cast(Profile, object())  # candidates only ask whether there is one
 BROKEN = f"{WINDOWS}passes:\n  - kivi: {{group_size: 48}}\n"
 
 
@@ -50,8 +53,9 @@ def test_a_budget_takes_the_least_divergence(loaded: LoadedModel, tmp_path: Path
     found = search(loaded, None, Goal(bits=8.5), recipes=[*RECIPES, BROKEN], state=state, **SMALL)
     assert {round(m.bits) for m in found.measured} == {6, 8}  # groups of 8 cost four bits; 12 are too many
     assert found.winner.bits <= 8.5
-    assert found.winner.kl == min(m.kl for m in (found.winner,))
-    assert "4" in found.winner.recipe
+    assert found.winner.recipe == min(found.measured, key=lambda m: m.kl).recipe
+    assert "k_bits: 4" in found.winner.recipe
+    assert found.winner.attention_ms is None
     (reason,) = found.refused.values()
     assert "48" in reason
     again = search(loaded, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL)
@@ -67,7 +71,25 @@ def test_a_divergence_takes_the_fewest_bits(loaded: LoadedModel) -> None:
     by_bits = sorted(everything.measured, key=lambda m: m.bits)
     bound = (by_bits[0].kl + by_bits[1].kl) / 2
     found = search(loaded, None, Goal(kl=bound), recipes=RECIPES, **SMALL)
-    assert all(m.kl <= bound for m in found.measured if m.recipe == found.winner.recipe)
+    assert (
+        found.winner.recipe == min((m for m in found.measured if m.kl <= bound), key=lambda m: m.bits).recipe
+    )
+    assert found.winner.recipe != by_bits[0].recipe
+
+
+def test_a_bound_of_time_rules_out_what_is_slower(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide bases are tried only where time is bounded; the times themselves are the kernels'."""
+    assert not any("joint_heads" in c for c in candidates(Goal(bits=4), PROFILE, 6))
+    tried = candidates(Goal(bits=4, attention_ms=9), PROFILE, 6)
+    assert [n for n in range(9) if any(f"joint_heads: {n}}}" in c for c in tried)] == [2, 3, 6]
+    free = search(loaded, None, Goal(bits=20, attention_ms=1e9), recipes=RECIPES, **SMALL)
+    assert all(m.attention_ms is not None and m.attention_ms > 0 for m in free.measured)
+    times = iter([1.0, 3.0, 9.0, 1.0, 3.0, 9.0])
+    monkeypatch.setattr("kvcc.planner.attention_ms", lambda *_: next(times))
+    assert "k_bits: 8" in free.winner.recipe
+    assert "k_bits: 4" in search(loaded, None, Goal(20, None, 5), recipes=RECIPES, **SMALL).winner.recipe
 
 
 def test_goals_that_nothing_meets_say_what_came_closest(loaded: LoadedModel) -> None:
@@ -80,7 +102,7 @@ def test_goals_that_nothing_meets_say_what_came_closest(loaded: LoadedModel) -> 
 def test_the_command_writes_plan_recipe_and_plot(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvcc.planner.candidates", lambda goal, profile: RECIPES)
+    monkeypatch.setattr("kvcc.planner.candidates", lambda *_: RECIPES)
     files = {name: tmp_path / name for name in ("plan.json", "best.yaml", "plan.svg")}
     command = ["plan", str(folder), "--budget", "1.9x", "-o", str(files["plan.json"]), "--json"]
     command += ["--recipe", str(files["best.yaml"]), "--plot", str(files["plan.svg"])]
@@ -103,5 +125,7 @@ def test_unclear_goals_are_refused(options: list[str], tmp_path: Path) -> None:
     assert done.exit_code == 2
 
 
-def test_measurements_are_plain_data() -> None:
-    assert replace(measured(2, 0.5), kl=0.1).kl == 0.1
+def test_searches_are_plain_data() -> None:
+    found = Search(Goal(bits=4), measured(2, 0.5), (measured(2, 0.5),), (), {"a": "b"})
+    data = json.loads(json.dumps(found.as_dict()))
+    assert data["winner"] == data["front"][0] == asdict(measured(2, 0.5))

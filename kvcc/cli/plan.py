@@ -1,5 +1,6 @@
 """kvcc plan: find the recipe that loses least within a budget."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 @click.option(
     "--max-kl", type=click.FloatRange(0, min_open=True), help="Or: the fewest bytes within this KL, in nats."
 )
+@click.option(
+    "--max-attention-ms",
+    type=click.FloatRange(0, min_open=True),
+    help="Also try recipes that trade time for bytes; all layers attend over 4,096 tokens within this time, here.",
+)
 @click.option("--output", "-o", required=True, type=click.Path(path_type=Path), help="plan.json to write.")
 @click.option(
     "--recipe",
@@ -56,6 +62,7 @@ def command(
     budget: str | None,
     bytes_per_token: float | None,
     max_kl: float | None,
+    max_attention_ms: float | None,
     output: Path,
     recipe_file: Path | None,
     plot: Path | None,
@@ -74,7 +81,7 @@ def command(
 
     statistics = Profile.load(profile) if profile else None
     loaded = load_model(model, dtype)
-    goal = goal_of(loaded, ratio, bytes_per_token, max_kl)
+    goal = replace(goal_of(loaded, ratio, bytes_per_token, max_kl), attention_ms=max_attention_ms)
     state = output.with_name(f"{output.name}.partial")
     if not resume:
         state.unlink(missing_ok=True)
@@ -160,17 +167,20 @@ def drawn(found: "Search") -> str:
 def show(found: "Search", model: str) -> None:
     """The front as a table, the winner marked."""
     table = Table(title=f"{model}: recipes that no other beats")
-    for column in ("", "recipe", "bits", "bytes per token", "KL"):
+    timed = found.goal.attention_ms is not None
+    for column in ("", "recipe", "bits", "bytes per token", "KL", *(["attention, ms"] if timed else [])):
         table.add_column(column, justify="left" if column in ("", "recipe") else "right")
     for each in found.front:
         table.add_row("*" if each.recipe == found.winner.recipe else "", *row(each))
     out.print(table)
     out.print("chosen, measured again on other texts:")
-    name, bits, size, kl = row(found.winner)
-    out.print(f"  {name}: {bits} bits per element, {size} bytes per token, KL {kl}")
+    name, bits, size, kl, *time = row(found.winner)
+    taken = f", attention {time[0]} ms" if time else ""
+    out.print(f"  {name}: {bits} bits per element, {size} bytes per token, KL {kl}{taken}")
 
 
-def row(each: "Measured") -> tuple[str, str, str, str]:
-    """Recipe, bits, bytes and KL of one measurement."""
+def row(each: "Measured") -> tuple[str, ...]:
+    """Recipe, bits, bytes and KL of one measurement, and attention's milliseconds where they were measured."""
     name = each.recipe.split("passes:")[1].strip().removeprefix("- ")
-    return escape(name), f"{each.bits:.2f}", f"{each.bytes_per_token:,.0f}", f"{each.kl:.4f}"
+    time = () if each.attention_ms is None else (f"{each.attention_ms:.1f}",)
+    return escape(name), f"{each.bits:.2f}", f"{each.bytes_per_token:,.0f}", f"{each.kl:.4f}", *time
