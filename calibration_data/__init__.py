@@ -1,6 +1,6 @@
 """Prompt sets for calibration and evaluation, and the generators behind them."""
 
-from kvcc.calibration_data.prompts import Prompt, describe, digest, held_out, load_prompts, names
+from kvcc.calibration_data.prompts import HELD_OUT, Prompt, describe, digest, held_out, load_prompts, names
 from kvcc.calibration_data.retrieval_tasks import (
     Task,
     contains_answer,
@@ -10,6 +10,7 @@ from kvcc.calibration_data.retrieval_tasks import (
 )
 
 __all__ = [
+    "HELD_OUT",
     "Prompt",
     "Task",
     "contains_answer",

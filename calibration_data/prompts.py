@@ -10,6 +10,7 @@ from pathlib import Path
 from kvcc.calibration_data.arithmetic import arithmetic
 from kvcc.calibration_data.code import code
 from kvcc.calibration_data.dialogue import dialogue
+from kvcc.calibration_data.odd import odd
 from kvcc.calibration_data.prose import prose
 from kvcc.calibration_data.retrieval import retrieval
 from kvcc.calibration_data.sources import Content, Message, chunks, hub_dataset, json_lines, read_text
@@ -19,6 +20,8 @@ from kvcc.errors import DataError
 Render = Callable[[tuple[Message, ...]], str]
 
 CHARS_PER_TOKEN = 5.5  # more than tokenizers reach on these texts, so that a text gives the tokens asked for
+
+HELD_OUT = ("prose", "code", "odd")
 
 _GENERATED: dict[str, tuple[Callable[[int, int, int], Content], str]] = {
     "prose": (prose, "articles, letters, reports and how-to texts in English"),
@@ -134,16 +137,23 @@ def load_prompts(
     return [prompt for row in zip_longest(*columns) for prompt in row if prompt is not None]
 
 
-def held_out(kind: Kind, *, samples: int, length: int, seed: int) -> list[Prompt]:
+def held_out(kind: str, *, samples: int, length: int, seed: int) -> list[Prompt]:
     """Evaluation texts that no built-in calibration set contains, of at least `length` tokens each.
 
-    Raises DataError if the kind is unknown or this Python lacks its reference topics or sources.
+    `kind` is one of HELD_OUT: prose and code of Python's own, or odd: repetition, delimiters and noise. Raises
+    DataError if it is unknown or this Python lacks its reference topics or sources.
     """
-    if kind not in ("prose", "code"):
-        raise DataError(f"no held-out texts of kind {kind!r}; use prose or code")
+    if kind not in HELD_OUT:
+        raise DataError(f"no held-out texts of kind {kind!r}; use {', '.join(HELD_OUT)}")
     if samples < 1 or length < 1:
         raise DataError(f"samples ({samples}) and length ({length}) must be at least 1")
-    texts = corpus(kind, held_out=True, samples=samples, chars=_characters(length), seed=seed)
+    chars = _characters(length)
+    if kind == "odd":  # tokens of blanks and dashes are long
+        texts = [odd(seed, index, 4 * chars) for index in range(samples)]
+    else:
+        texts = corpus(
+            "prose" if kind == "prose" else "code", held_out=True, samples=samples, chars=chars, seed=seed
+        )
     return [Prompt(text, None, f"held-out-{kind}", index) for index, text in enumerate(texts)]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcc.artifact import update_file
 from kvcc.calibration import encode_sets
-from kvcc.calibration_data import held_out, load_prompts
+from kvcc.calibration_data import HELD_OUT, held_out, load_prompts
 from kvcc.calibration_data.retrieval_tasks import GENERATORS, Task
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, capture, load_model, reference_logits
@@ -109,8 +109,8 @@ def check(
 ) -> Verdict:
     """Measure an artifact against the uncompressed model.
 
-    `data` names kinds of held-out text (prose, code) or prompt files as `kvcc calibrate` takes them. `weights` stores
-    the artifact's linear layers as `load` does; the reference keeps the model's own.
+    `data` names kinds of held-out text (prose, code, odd) or prompt files as `kvcc calibrate` takes them. `weights`
+    stores the artifact's linear layers as `load` does; the reference keeps the model's own.
     `reference` is `uncompressed(against)` when the caller has it already; `expected` keeps its logits by kind of text,
     for another check of the same size and seed. `on_progress(what, done, total)` is called
     as work goes on. Raises ArtifactError, DataError, UnsupportedModel;
@@ -211,10 +211,8 @@ def uncompressed(
 def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[list[int]]:
     if model.tokenizer is None:
         raise DataError(f"{model.identity.name} has no tokenizer, so no text can be measured")
-    if kind in ("prose", "code"):
-        prompts = held_out(
-            "prose" if kind == "prose" else "code", samples=size.texts, length=size.length, seed=seed
-        )
+    if kind in HELD_OUT:
+        prompts = held_out(kind, samples=size.texts, length=size.length, seed=seed)
     else:
         prompts = load_prompts(kind, samples=size.texts, length=size.length, seed=seed)
     sets = encode_sets(prompts, model.tokenizer, seed=seed, length=size.length)

@@ -171,6 +171,19 @@ def test_held_out_shares_no_forty_characters_with_the_built_in_sets(kind):
     assert ours.isdisjoint(theirs), sorted(ours & theirs)[:5]
 
 
+def test_odd_texts_are_five_kinds_that_nothing_else_has():
+    texts = [p.text for p in held_out("odd", samples=10, length=100, seed=0)]
+    assert texts == [p.text for p in held_out("odd", samples=10, length=100, seed=0)]
+    assert len(set(texts)) >= 8  # a word or a line may be drawn again
+    assert all(len(text) >= 4 * 550 for text in texts)
+    word, line, delimiters, digits, scripts = texts[:5]
+    assert len(set(word.split())) == 1
+    assert len(set(line.splitlines())) <= 2
+    assert not any(c.isalnum() for c in delimiters)
+    assert set(digits) <= set("0123456789abcdef -")
+    assert max(map(ord, scripts)) > 0x1F000
+
+
 @pytest.mark.parametrize("kind", ["prose", "code"])
 def test_held_out_and_the_calibration_half_share_no_paragraph(kind):
     def paragraphs(half):
@@ -208,7 +221,7 @@ def test_held_out_longer_than_the_corpus_still_reaches_the_length():
 
 
 def test_held_out_refuses_an_unknown_kind():
-    with pytest.raises(DataError, match="use prose or code"):
+    with pytest.raises(DataError, match="use prose, code, odd"):
         held_out("poems", samples=1, length=10, seed=0)
 
 

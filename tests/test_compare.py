@@ -1,6 +1,7 @@
 """kvcc compare: the same numbers as check, what nothing beats, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,13 @@ def test_numbers_are_those_of_check(model: Path, artifacts: list[Path]) -> None:
     assert found[0].bytes_per_token == verdict.bytes_per_token
     twice = compare([artifacts[0], artifacts[0]], str(model), size=SIZE, steps=1)
     assert {e.name for e in twice} == {str(artifacts[0])}
+
+
+def test_odd_texts_are_measured(model: Path, artifacts: list[Path]) -> None:
+    size = replace(SIZE, texts=5)
+    (text,) = check(artifacts[0], str(model), data=("odd",), size=size).texts
+    assert text.sequences == 5
+    assert 0 <= text.overall.kl < 1
 
 
 def test_the_command_writes_numbers_and_a_plot(model: Path, artifacts: list[Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--against", required=True, metavar="MODEL", help="The model it was compiled from.")
 @click.option(
-    "--data", multiple=True, default=("prose",), show_default=True, help="prose, code, or a prompt file."
+    "--data", multiple=True, default=("prose",), show_default=True, help="prose, code, odd, or a prompt file."
 )
 @click.option(
     "--gates", type=click.Path(path_type=Path), help="YAML file of gates; without it nothing can fail."
