@@ -170,6 +170,11 @@ class CompressedCache(Cache):
             )
 
     @property
+    def is_croppable(self) -> bool:
+        """Never. Releases before 5.17 do not ask, and meet `crop`."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return 0 if self.pages is None else self.pages.nbytes
