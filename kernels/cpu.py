@@ -13,6 +13,7 @@ from kvcc.kernels import build
 from kvcc.kernels.head_classes import STEPS
 from kvcc.kernels.layout import PageLayout, Section
 from kvcc.kernels.levels import KINDS
+from kvcc.kernels.page_means import mean_steps
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
 
@@ -20,9 +21,10 @@ name = "cpu"
 
 FIELDS = 11  # of a section
 ELEMENT = {torch.float16: 1, torch.bfloat16: 2, torch.float32: 3}  # the C file's enum
-
-
-LAYOUT_FIELDS = ("sections", "index", "token_scales", "tokens", "half", "page_tokens", "rest")
+LAYOUT_FIELDS = (
+    *("sections", "index", "token_scales", "tokens", "half", "page_tokens", "rest"),
+    *("page_means", "mean_steps", "mean_channels"),
+)
 
 
 class _Layout(ctypes.Structure):
@@ -68,12 +70,14 @@ class _Described:
     sections: Tensor  # [sections, FIELDS] int64
     index: Tensor  # [2 Hkv + 1] int64: head h's K sections begin at 2h, its V sections at 2h + 1
     token_scales: Tensor  # [2 Hkv] int64: of head h's K at 2h, of its V at 2h + 1; -1 for none
+    page_means: Tensor  # [Hkv, 2] int64: where they lie, and of how many channels
+    mean_steps: Tensor  # [Hkv, most channels] float32: what their codes count
     rest: "_Described | None"
     max_section: int  # codes, of all classes of tokens
     max_metadata: int  # scales
 
 
-NO_PAGES = _Layout(0, 0, 0, 0, 0, 0, 0)
+NO_PAGES = _Layout(*(0 for _ in LAYOUT_FIELDS))
 
 
 def available() -> str | None:
@@ -177,11 +181,16 @@ def _describe(layout: PageLayout) -> _Described:
     pointers = (x.data_ptr() for x in (sections_, index_, scales_))
     rest = None if layout.rest is None else _describe(layout.rest)
     behind = 0 if rest is None else ctypes.addressof(rest.record)
-    record = _Layout(*pointers, layout.tokens, ELEMENT[layout.half], layout.page_tokens, behind)
+    means = torch.tensor(layout.k_means, dtype=torch.int64).reshape(-1, 2)
+    mean_steps_ = mean_steps(layout, max((count for _, count in layout.k_means), default=0))
+    record = _Layout(
+        *(*pointers, layout.tokens, ELEMENT[layout.half], layout.page_tokens, behind),
+        *(means.data_ptr(), mean_steps_.data_ptr(), mean_steps_.shape[1]),
+    )
     if rest is not None:
         codes, metadata = [*codes, rest.max_section], [*metadata, rest.max_metadata]
     largest = max(codes, default=0), max(metadata, default=0)
-    return _Described(record, sections_, index_, scales_, rest, *largest)
+    return _Described(record, sections_, index_, scales_, means, mean_steps_, rest, *largest)
 
 
 def _section_row(s: Section) -> list[int]:

@@ -27,6 +27,9 @@ typedef struct Layout {
     i64 half;   /* element type of 16-bit planes */
     i64 page_tokens;           /* of all classes of tokens */
     const struct Layout *rest; /* of the tokens behind the first `tokens` of a page, or null */
+    const i64 *page_means;     /* of head h's K: where a page has them, at 2h, and of how many channels, at 2h + 1 */
+    const float *mean_steps;   /* what their codes count: [kv heads][mean_channels] */
+    i64 mean_channels;         /* of the head that has most */
 } Layout;
 
 typedef struct {
@@ -150,6 +153,8 @@ static void nt(int type, i64 rows, const float *a, i64 a_row, const char *w, i64
         nt_type(F16, rows, a, a_row, w, ldw, runs, length, out, out_row);
     else if (type == BF16)
         nt_type(BF16, rows, a, a_row, w, ldw, runs, length, out, out_row);
+    else if (type == S8)
+        nt_type(S8, rows, a, a_row, w, ldw, runs, length, out, out_row);
     else
         nt_type(F32, rows, a, a_row, w, ldw, runs, length, out, out_row);
 }
@@ -273,6 +278,8 @@ typedef struct { /* one thread's memory */
     float *q, *q_pages; /* [rows][dk], [rows][k_channels], scaled */
     float *logits, *out; /* [rows][ld], [rows][dv] */
     float *most, *total; /* [rows] */
+    float *q_means;      /* [classes of tokens][rows][mean_channels]: q_pages times steps of page means */
+    float *shared;       /* [rows]: what logits of a page's tokens have in common */
     float *wide; /* one section of one page, dequantised */
     float *scales, *zeros;  /* metadata of one section */
     float *folded, *bias;   /* [FUSED_ROWS][metadata] */
@@ -643,15 +650,13 @@ static void gather_queries(const Attend *c, const Unit *u, const Array *q, i64 c
     }
 }
 
-/* Logits [rows][ld] of `count` tokens become weights; older totals and outputs are rescaled to the new maximum. */
-static void online_softmax(const Attend *c, const Unit *u, Scratch *t, i64 count, i64 ld, int paged) {
-    i64 group = c->q_heads / c->kv_heads, padded = ROUND_UP(count, VL);
+/* Logits [rows][ld] of `count` tokens, plus `shared` [rows] or null, become weights; older totals and outputs are
+ * rescaled to the new maximum. */
+static void online_softmax(const Attend *c, const Unit *u, Scratch *t, i64 count, i64 ld, const float *shared) {
+    i64 padded = ROUND_UP(count, VL);
     for (i64 r = 0; r < u->rows; r++) {
         float *x = t->logits + r * ld;
-        i64 row = u->first_row + r;
-        float bias = 0;
-        if (paged && c->bias)
-            bias = c->bias[(u->batch * c->n + row / group) * c->q_heads + u->head * group + row % group];
+        float bias = shared ? shared[r] : 0;
         for (i64 i = count; i < padded; i++) x[i] = -INFINITY;
         if (c->softcap > 0) {
             for (i64 i = 0; i < count; i += VL)
@@ -659,7 +664,6 @@ static void online_softmax(const Attend *c, const Unit *u, Scratch *t, i64 count
             for (i64 i = count; i < padded; i++) x[i] = -INFINITY;
             bias = 0;
         }
-        bias *= LOG2E;
         vf top = load(x);
         for (i64 i = VL; i < padded; i += VL) top = vmax(top, load(x + i));
         float most = MAX(t->most[r], largest(top) + bias);
@@ -684,11 +688,36 @@ static void attend_window(const Attend *c, const Unit *u, Scratch *t, i64 first,
     const char *v = element(&c->window_v, u->batch, u->head, first);
     memset(t->logits, 0, sizeof(float) * u->rows * ld);
     nt(c->window_k.type, u->rows, t->q, c->dk, k, c->window_k.stride[2], count, c->dk, t->logits, ld);
-    online_softmax(c, u, t, count, ld, 0);
+    online_softmax(c, u, t, count, ld, NULL);
     nn(c->window_v.type, u->rows, t->logits, ld, 1, v, c->window_v.stride[2], count, c->dv, t->out, c->dv);
 }
 
-static void attend_page(const Attend *c, const Layout *layout, const Unit *u, Scratch *t, const char *page, i64 ld) {
+/* Queries times what codes of K's page means count, for all pages of a class of tokens: [rows][mean_channels]. */
+static void times_mean_steps(const Attend *c, const Layout *layout, const Unit *u, const float *q, float *to) {
+    i64 count = layout->page_means[2 * u->head + 1];
+    if (!count) return;
+    const float *steps = layout->mean_steps + u->head * layout->mean_channels;
+    for (i64 r = 0; r < u->rows; r++)
+        for (i64 d = 0; d < count; d++) to[r * layout->mean_channels + d] = q[r * c->k_channels + d] * steps[d];
+}
+
+/* What logits of a page's tokens have in common, [rows], or null for nothing: bias, and queries times means of K. */
+static const float *shared_logits(const Attend *c, const Layout *layout, const Unit *u, Scratch *t, const char *page,
+                                  const float *q_means) {
+    i64 place = layout->page_means[2 * u->head], count = layout->page_means[2 * u->head + 1];
+    if (!count && !c->bias) return NULL;
+    i64 group = c->q_heads / c->kv_heads;
+    float factor = c->softcap > 0 ? 1.0f : LOG2E;
+    for (i64 r = 0; r < u->rows; r++) {
+        i64 row = u->first_row + r, at = (u->batch * c->n + row / group) * c->q_heads + u->head * group + row % group;
+        t->shared[r] = c->bias ? c->bias[at] * factor : 0;
+    }
+    if (count) nt(S8, u->rows, q_means, layout->mean_channels, page + place, count, 1, count, t->shared, 1);
+    return t->shared;
+}
+
+static void attend_page(const Attend *c, const Layout *layout, const Unit *u, Scratch *t, const char *page,
+                        const float *q_means, i64 ld) {
     const i64 *index = layout->index + 2 * u->head;
     const Section *sections = layout->sections;
     memset(t->logits, 0, sizeof(float) * u->rows * ld);
@@ -702,7 +731,8 @@ static void attend_page(const Attend *c, const Layout *layout, const Unit *u, Sc
         }
         if (side == 0) {
             times_token_scales(layout, u->head, 0, page, u->rows, t->logits, ld);
-            online_softmax(c, u, t, layout->tokens, ld, 1);
+            const float *shared = shared_logits(c, layout, u, t, page, q_means);
+            online_softmax(c, u, t, layout->tokens, ld, shared);
             times_token_scales(layout, u->head, 1, page, u->rows, t->logits, ld);
         }
     }
@@ -738,15 +768,17 @@ static void write_rows(const Attend *c, const Unit *u, const float *out, const f
 /* Where a head's sections lie in a page. */
 static void head_record(const Layout *layout, i64 head, i64 *first, i64 *bytes) {
     const Section *s = layout->sections + layout->index[2 * head], *end = layout->sections + layout->index[2 * head + 2];
+    i64 means = layout->page_means[2 * head], count = layout->page_means[2 * head + 1];
     *first = *bytes = 0;
-    if (s == end) return;
-    i64 last = 0;
-    *first = s->codes;
+    if (s == end && !count) return;
+    i64 last = means + count;
+    *first = s == end ? means : count ? MIN(means, s->codes) : s->codes;
     for (; s < end; s++) {
         i64 codes = layout->tokens * s->channels, metadata = s->group ? 2 * codes / s->group : 0;
-        last = s->bits >= 16 || s->steps == UNIT ? s->codes + codes * s->bits / 8
-               : s->steps == SCALED              ? s->scales + metadata
-                                                 : s->zeros + metadata;
+        i64 ends = s->bits >= 16 || s->steps == UNIT ? s->codes + codes * s->bits / 8
+                   : s->steps == SCALED              ? s->scales + metadata
+                                                     : s->zeros + metadata;
+        last = MAX(last, ends);
     }
     for (int side = 0; side < 2; side++)
         last = MAX(last, layout->token_scales[2 * head + side] + layout->tokens);
@@ -767,10 +799,14 @@ static void attend_unit(const Attend *c, const Unit *u, Scratch *t, float *parts
     const i64 *ids = c->table + u->batch * c->table_stride + u->first_page;
     i64 first = 0, bytes = 0;
     if (u->pages) head_record(&c->layout, u->head, &first, &bytes);
+    float *q_means = t->q_means;
+    for (const Layout *part = &c->layout; part && u->pages; q_means += u->rows * part->mean_channels, part = part->rest)
+        times_mean_steps(c, part, u, t->q_pages, q_means);
     for (i64 p = 0; p < u->pages; p++) {
         if (p + 1 < u->pages) prefetch((const char *)c->addresses[ids[p + 1]] + first, bytes);
-        for (const Layout *part = &c->layout; part; part = part->rest)
-            attend_page(c, part, u, t, (const char *)c->addresses[ids[p]], ld);
+        q_means = t->q_means;
+        for (const Layout *part = &c->layout; part; q_means += u->rows * part->mean_channels, part = part->rest)
+            attend_page(c, part, u, t, (const char *)c->addresses[ids[p]], q_means, ld);
     }
     if (u->splits == 1) {
         write_rows(c, u, t->out, t->most, t->total);
@@ -826,6 +862,13 @@ static i64 page_chunk(const Attend *c) {
     return MAX(MIN_PAGES, (pages * c->kv_heads * tiles + 8 * c->threads - 1) / (8 * c->threads));
 }
 
+/* The most channels with page means of a head, added up over classes of tokens. */
+static i64 mean_channels(const Layout *layout) {
+    i64 total = 0;
+    for (; layout; layout = layout->rest) total += layout->mean_channels;
+    return total;
+}
+
 static i64 aligned_floats(i64 n) { return ROUND_UP(n, 16) + 16; }
 
 /* All of a thread's scratch in one block, whose first address is `codes`; zero sizes are fine. */
@@ -834,7 +877,8 @@ static int scratch_make(const Attend *c, Scratch *t, i64 rows, i64 ld) {
                    aligned_floats(rows * c->k_channels), aligned_floats(rows * ld), aligned_floats(rows * c->dv),
                    aligned_floats(rows), aligned_floats(rows), aligned_floats(c->max_section),
                    aligned_floats(c->max_metadata), aligned_floats(c->max_metadata),
-                   aligned_floats(FUSED_ROWS * c->max_metadata), aligned_floats(FUSED_ROWS * c->max_metadata)};
+                   aligned_floats(FUSED_ROWS * c->max_metadata), aligned_floats(FUSED_ROWS * c->max_metadata),
+                   aligned_floats(rows * mean_channels(&c->layout)), aligned_floats(rows)};
     i64 total = 0;
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i];
     float *p = aligned_alloc(64, ROUND_UP(total * sizeof(float), 64));
@@ -842,7 +886,8 @@ static int scratch_make(const Attend *c, Scratch *t, i64 rows, i64 ld) {
     float *at[sizeof sizes / sizeof *sizes];
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) at[i] = p, p += sizes[i];
     *t = (Scratch){.codes = (char *)at[0], .q = at[1], .q_pages = at[2], .logits = at[3], .out = at[4], .most = at[5],
-                   .total = at[6], .wide = at[7], .scales = at[8], .zeros = at[9], .folded = at[10], .bias = at[11]};
+                   .total = at[6], .wide = at[7], .scales = at[8], .zeros = at[9], .folded = at[10], .bias = at[11],
+                   .q_means = at[12], .shared = at[13]};
     return 1;
 }
 
@@ -896,6 +941,11 @@ typedef struct {
     const i64 *addresses; /* [pages] */
     i64 threads, max_section;
 } Seal;
+
+typedef struct { /* one thread's memory */
+    float *x, *token_scales, *means; /* [max_section], [page_tokens], [mean_channels] */
+    uint8_t *codes;                  /* [max_section] */
+} SealScratch;
 
 /* A side's tokens and channels of one section as floats [runs][length]. */
 INLINE void gather_type(const int type, const Section *s, i64 tokens, const char *from, i64 stride_t, i64 stride_c,
@@ -1063,9 +1113,54 @@ static void add_errors(const float *x, i64 n, float half_range, float errors[16]
     }
 }
 
+/* Means of the first `count` channels over tokens, added up in double: no order of summation shows in a code. */
+INLINE void means_type(const int type, i64 tokens, i64 count, const char *from, i64 stride_t, i64 stride_c, float *means) {
+    for (i64 first = 0, n; first < count; first += n) {
+        double totals[64] = {0};
+        n = MIN(count - first, 64);
+        for (i64 t = 0; t < tokens; t++)
+            for (i64 d = 0; d < n; d++) totals[d] += scalar_at(type, from, t * stride_t + (first + d) * stride_c);
+        for (i64 d = 0; d < n; d++) means[first + d] = (float)(totals[d] / (double)tokens);
+    }
+}
+
+/* Store codes of a head's page means of K; see kernels/page_means.py. Returns what they stand for, or null for none. */
+static const float *seal_means(const Seal *c, const Layout *layout, i64 first_token, i64 n, i64 h, float *means) {
+    i64 place = layout->page_means[2 * h], count = layout->page_means[2 * h + 1];
+    if (!count) return NULL;
+    const float *steps = layout->mean_steps + h * layout->mean_channels;
+    const char *from = element(&c->k, n, h, first_token);
+    i64 stride_t = c->k.stride[2], stride_c = c->k.stride[3];
+    if (c->k.type == F32)
+        means_type(F32, layout->tokens, count, from, stride_t, stride_c, means);
+    else if (c->k.type == F16)
+        means_type(F16, layout->tokens, count, from, stride_t, stride_c, means);
+    else
+        means_type(BF16, layout->tokens, count, from, stride_t, stride_c, means);
+    char *page = (char *)c->addresses[n];
+    int8_t *to = (int8_t *)page + place;
+    for (i64 d = 0; d < count; d++) {
+        float code = rintf(means[d] / steps[d]); /* to the nearest, halves to even */
+        code = code < -127.0f ? -127.0f : code > 127.0f ? 127.0f : code;
+        to[d] = (int8_t)(int32_t)code;
+        means[d] = code * steps[d];
+    }
+    zero_tail(page, place + count);
+    return means;
+}
+
+/* A section's channels of `tokens` tokens, as gathered, less means of the side's first `count`. */
+static void less_means(const Section *s, i64 tokens, const float *means, i64 count, float *x) {
+    i64 some = MIN(s->channels, count - s->first);
+    for (i64 d = 0; d < some && !s->by_token; d++)
+        for (i64 t = 0; t < tokens; t++) x[d * tokens + t] -= means[s->first + d];
+    for (i64 t = 0; t < tokens && s->by_token; t++)
+        for (i64 d = 0; d < some; d++) x[t * s->channels + d] -= means[s->first + d];
+}
+
 /* Choose and store the scales of a head's tokens, for one side of a page; see kernels/token_scales.py. */
-static void seal_token_scales(const Seal *c, const Layout *layout, i64 first_token, int side, i64 n, i64 h, float *x,
-                              float *scales) {
+static void seal_token_scales(const Seal *c, const Layout *layout, i64 first_token, int side, i64 n, i64 h,
+                              const float *means, float *x, float *scales) {
     const Array *from = side ? &c->v : &c->k;
     i64 tokens = layout->tokens, first = layout->index[2 * h + side], last = layout->index[2 * h + side + 1];
     char *page = (char *)c->addresses[n];
@@ -1078,6 +1173,7 @@ static void seal_token_scales(const Seal *c, const Layout *layout, i64 first_tok
         for (i64 j = first; j < last; j++) {
             const Section *s = layout->sections + j;
             for (i64 d = 0; d < s->channels; d++) x[d] = element_at(from->type, row, (s->first + d) * from->stride[3]);
+            if (means) less_means(s, 1, means, layout->page_means[2 * h + 1], x);
             add_errors(x, s->channels, (float)(1 << (s->bits - 1)), errors);
         }
         int best = first < last ? 0 : 3;
@@ -1094,19 +1190,19 @@ static void over_scales(const Section *s, i64 tokens, const float *scales, float
 }
 
 /* One side of a head, of the tokens of one class. */
-static void seal_side(const Seal *c, const Layout *layout, i64 first_token, int side, i64 n, i64 h, float *x,
-                      uint8_t *codes, float *token_scales) {
+static void seal_side(const Seal *c, const Layout *layout, i64 first_token, int side, i64 n, i64 h, SealScratch *t) {
     const Array *from = side ? &c->v : &c->k;
-    const float *scales = NULL;
+    const float *means = side ? NULL : seal_means(c, layout, first_token, n, h, t->means), *scales = NULL;
     if (layout->token_scales[2 * h + side] >= 0) {
-        seal_token_scales(c, layout, first_token, side, n, h, x, token_scales);
-        scales = token_scales;
+        seal_token_scales(c, layout, first_token, side, n, h, means, t->x, t->token_scales);
+        scales = t->token_scales;
     }
     for (i64 j = layout->index[2 * h + side]; j < layout->index[2 * h + side + 1]; j++) {
         const Section *s = layout->sections + j;
-        gather(from->type, s, layout->tokens, element(from, n, h, first_token), from->stride[2], from->stride[3], x);
-        if (scales) over_scales(s, layout->tokens, scales, x);
-        seal_section(layout, s, x, codes, (char *)c->addresses[n]);
+        gather(from->type, s, layout->tokens, element(from, n, h, first_token), from->stride[2], from->stride[3], t->x);
+        if (means) less_means(s, layout->tokens, means, layout->page_means[2 * h + 1], t->x);
+        if (scales) over_scales(s, layout->tokens, scales, t->x);
+        seal_section(layout, s, t->x, t->codes, (char *)c->addresses[n]);
     }
 }
 
@@ -1118,10 +1214,12 @@ int kvcc_seal(const Seal *c) {
 #pragma omp parallel num_threads(MIN(c->threads, MAX(count, 1)))
 #endif
     {
-        float *x = malloc(sizeof(float) * MAX(c->max_section, 1));
-        uint8_t *codes = malloc(MAX(c->max_section, 1));
-        float *token_scales = malloc(sizeof(float) * MAX(c->layout.page_tokens, 1));
-        if (!x || !codes || !token_scales) {
+        SealScratch t = {.x = malloc(sizeof(float) * MAX(c->max_section, 1)),
+                         .token_scales = malloc(sizeof(float) * MAX(c->layout.page_tokens, 1)),
+                         .means = malloc(sizeof(float) * MAX(mean_channels(&c->layout), 1)),
+                         .codes = malloc(MAX(c->max_section, 1))};
+        int made = t.x && t.token_scales && t.means && t.codes;
+        if (!made) {
 #ifdef _OPENMP
 #pragma omp atomic write
 #endif
@@ -1131,16 +1229,17 @@ int kvcc_seal(const Seal *c) {
 #pragma omp for schedule(static)
 #endif
         for (i64 i = 0; i < count; i++) {
-            if (!x || !codes || !token_scales) continue;
+            if (!made) continue;
             i64 n = i / c->kv_heads, h = i % c->kv_heads;
             i64 first_token = 0;
             for (const Layout *part = &c->layout; part; first_token += part->tokens, part = part->rest)
                 for (int side = 0; side < 2; side++)
-                    seal_side(c, part, first_token, side, n, h, x, codes, token_scales);
+                    seal_side(c, part, first_token, side, n, h, &t);
         }
-        free(x);
-        free(codes);
-        free(token_scales);
+        free(t.x);
+        free(t.token_scales);
+        free(t.means);
+        free(t.codes);
     }
     return failed;
 }

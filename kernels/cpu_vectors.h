@@ -31,20 +31,23 @@ typedef float vf __attribute__((vector_size(4 * VL)));
 typedef int32_t vi __attribute__((vector_size(4 * VL)));
 typedef vf vf_at __attribute__((aligned(4), may_alias)); /* anywhere in memory */
 typedef uint8_t vb __attribute__((vector_size(VL)));
+typedef int8_t vsb __attribute__((vector_size(VL)));
 typedef uint16_t vh __attribute__((vector_size(2 * VL)));
 typedef vb vb_at __attribute__((aligned(1), may_alias));
+typedef vsb vsb_at __attribute__((aligned(1), may_alias));
 typedef vh vh_at __attribute__((aligned(1), may_alias));
 typedef _Float16 half;
 
-enum { U8, F16, BF16, F32 }; /* element types; kernels/cpu.py numbers them the same */
+enum { U8, F16, BF16, F32, S8 }; /* element types; kernels/cpu.py numbers them the same */
 static const float LOG2E = 1.44269504088896341f, LN2 = 0.693147180559945309f;
 
 /* ---- loads and stores -------------------------------------------------------------------------------------- */
 
-INLINE i64 size_of(int type) { return type == U8 ? 1 : type == F32 ? 4 : 2; }
+INLINE i64 size_of(int type) { return type == U8 || type == S8 ? 1 : type == F32 ? 4 : 2; }
 
 INLINE float scalar_at(int type, const char *base, i64 i) {
     if (type == U8) return ((const uint8_t *)base)[i];
+    if (type == S8) return ((const int8_t *)base)[i];
     if (type == F16) {
         half h;
         memcpy(&h, base + 2 * i, 2);
@@ -74,6 +77,17 @@ INLINE vi bytes_at(const char *base) {
 #endif
 }
 
+/* VL bytes with sign as integers. */
+INLINE vi signed_bytes_at(const char *base) {
+#if VL == 8 && defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)base));
+#elif VL == 16 && defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)base));
+#else
+    return __builtin_convertvector(*(const vsb_at *)base, vi);
+#endif
+}
+
 INLINE vf vector_at(int type, const char *base, i64 i) {
     if (type == F32) return *(const vf_at *)(base + 4 * i);
     if (type == BF16) {
@@ -91,7 +105,7 @@ INLINE vf vector_at(int type, const char *base, i64 i) {
         return f;
     }
 #endif
-    return __builtin_convertvector(bytes_at(base + i), vf);
+    return __builtin_convertvector(type == S8 ? signed_bytes_at(base + i) : bytes_at(base + i), vf);
 }
 
 INLINE vf load(const float *p) { return *(const vf_at *)p; }

@@ -40,19 +40,23 @@ class HeadClass:
     v: tuple[PlaneSpec, ...]
     k_scales: int  # where token scales lie in the record; -1: nowhere
     v_scales: int
+    k_means: tuple[int, int, int]  # where page means of K lie, of how many channels, and that number padded
 
 
 @lru_cache(maxsize=256)
 def head_classes(layout: PageLayout) -> tuple[HeadClass, ...]:
     """The classes of a layout, each head in exactly one. A uniform layout has a single class."""
-    Stored = tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...], int, int]
+    Stored = tuple[tuple[PlaneSpec, ...], tuple[PlaneSpec, ...], int, int, tuple[int, int, int]]
     members: dict[Stored, list[tuple[int, int]]] = {}
     for head, (k, v) in enumerate(zip(layout.k, layout.v, strict=True)):
         places = (layout.k_token_scales[head], layout.v_token_scales[head])
+        start, count = layout.k_means[head]
         starts = [section.codes for section in k + v] + [place for place in places if place is not None]
+        starts += [start] if count else []
         base = min(starts, default=0)
         k_scales, v_scales = (-1 if place is None else place - base for place in places)
-        stored = (_planes(k, base), _planes(v, base), k_scales, v_scales)
+        means = (start - base, count, padded(count)) if count else (0, 0, 0)
+        stored = (_planes(k, base), _planes(v, base), k_scales, v_scales, means)
         members.setdefault(stored, []).append((head, base))
     return tuple(HeadClass(tuple(heads), *stored) for stored, heads in members.items())
 

@@ -12,6 +12,9 @@ With `steps = "adaptive"`, groups of codes have a scale and a zero, float16; a c
 With `steps = "unit"` a page has none: the plan's basis gives each channel a step of 1, fixed by calibration, and a code
 of b bits stands for `q + 1/2 - 2^(b-1)`. `token_scales` then follow the planes of a side: a code e of 4 bits a token,
 packed as one run, for the factor `2^((e - 3) / 3)` by which its values were divided before they were rounded.
+`page_means` of K follow them: for each of so many channels, the first ones, a code of 8 bits with sign, for the mean of
+the page's tokens that was subtracted before anything else. It counts in sixteenths of what the channel's codes span,
+2^b / 16 for b bits, and channels behind the planes, of which nothing else is stored, have b = 0.
 
 `levels` other than "uniform" are lists of numbers that a sign and a magnitude choose from (see `levels.py`): with unit
 steps a code stands for its level; with `steps = "scaled"` for the level times its group's scale, which is float16, or
@@ -44,6 +47,8 @@ METADATA_BYTES = 2  # float16, for a scale or a zero
 
 TOKEN_SCALE_BITS, TOKEN_SCALE_ONE, TOKEN_SCALE_OCTAVE = 4, 3, 3  # width, the code of 1, codes to the double
 
+PAGE_MEAN_BITS, PAGE_MEAN_STEPS = 8, 16  # width, and steps of a code to what the channel's own codes span
+
 Groups = Literal["tokens", "channels"]
 Steps = Literal["adaptive", "scaled", "unit"]
 
@@ -75,11 +80,12 @@ class Side:
     token_scales: bool = False
     levels: Levels = "uniform"
     clip: int = 100  # percent of a group's least and greatest value that adaptive steps reach
+    page_means: int = 0  # channels, the first ones, of which the page has a mean; with or without a plane
 
     @property
     def channels(self) -> int:
-        """Channels that are stored."""
-        return sum(p.channels for p in self.planes)
+        """Channels that are stored, in planes or by their means."""
+        return max(sum(p.channels for p in self.planes), self.page_means)
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,7 @@ class PageLayout:
     half: torch.dtype
     k_token_scales: tuple[int | None, ...] = ()  # by head: where they lie
     v_token_scales: tuple[int | None, ...] = ()
+    k_means: tuple[tuple[int, int], ...] = ()  # by head: where K's page means lie, and of how many channels
     rest: "PageLayout | None" = (
         None  # of the tokens behind the first `tokens`; places count from the same start
     )
@@ -151,7 +158,7 @@ class PageLayout:
     @property
     def k_channels(self) -> int:
         """The widest head's stored K channels: the last dimension of K and q given to a backend."""
-        return max((_stored(s) for s in self.k), default=0)
+        return max((*(_stored(s) for s in self.k), *(count for _, count in self.k_means)), default=0)
 
     @property
     def v_channels(self) -> int:
@@ -159,12 +166,29 @@ class PageLayout:
 
 
 def joined(first: PageLayout, rest: PageLayout) -> PageLayout:
-    """The layout of pages with two classes of tokens; `rest` starts where `first` ends."""
+    """The layout of pages with two classes of tokens; `rest` starts where `first` ends.
+
+    Raises PlanError when they are not equally wide, as backends take the tokens of a page as one tensor.
+    """
+    for name, one, other in (
+        ("K", first.k_channels, rest.k_channels),
+        ("V", first.v_channels, rest.v_channels),
+    ):
+        if one != other:
+            raise PlanError(
+                f"salient tokens store {one} {name} channels and others {other}; the widest head must store as many of "
+                "both"
+            )
     return replace(first, nbytes=rest.nbytes, rest=rest)
 
 
 def _stored(sections: tuple[Section, ...]) -> int:
     return sum(s.channels for s in sections)
+
+
+def page_mean_step(bits: int) -> float:
+    """What a code of a page mean counts, for a channel of `bits` bits."""
+    return float(2**bits) / PAGE_MEAN_STEPS
 
 
 def scale_bytes(levels: Levels) -> int:
@@ -193,15 +217,21 @@ def page_layout(
     offset = start
     sections: dict[str, list[tuple[Section, ...]]] = {"K": [], "V": []}
     scales: dict[str, list[int | None]] = {"K": [], "V": []}
+    means: list[tuple[int, int]] = []
     for head, sides in enumerate(zip(k, v, strict=True)):
         for name, side in zip("KV", sides):
             found, offset = _sections(tokens, side, offset, f"KV head {head}, {name}")
             sections[name].append(found)
             scales[name].append(offset if side.token_scales else None)
             offset = _aligned(offset + packed_bytes(TOKEN_SCALE_BITS, tokens) * side.token_scales)
+            if name == "K":
+                means.append((offset if side.page_means else 0, side.page_means))
+            elif side.page_means:
+                raise PlanError(f"KV head {head}, V: page_means are for K; leave them out")
+            offset = _aligned(offset + side.page_means)
     return PageLayout(
         *(tokens, len(k), tuple(sections["K"]), tuple(sections["V"]), offset, half),
-        *(tuple(scales["K"]), tuple(scales["V"])),
+        *(tuple(scales["K"]), tuple(scales["V"]), tuple(means)),
     )
 
 
@@ -234,6 +264,10 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
 def _check_side(side: Side, where: str) -> None:
     if side.token_scales and side.steps != "unit":
         raise PlanError(f"{where}: token_scales go with unit steps; others have scales of their own")
+    if side.page_means < 0 or (side.page_means and (side.steps != "unit" or side.levels != "uniform")):
+        raise PlanError(
+            f"{where}: page_means {side.page_means}: a number of channels, with unit steps of uniform levels"
+        )
     _check_levels(side, where)
     if side.steps != "unit":
         return

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from kvcc.kernels.layout import TOKEN_SCALE_BITS, PageLayout, Section, packed_bytes
 from kvcc.kernels.levels import level_codes, values_of
 from kvcc.kernels.packing import pack, unpack
+from kvcc.kernels.page_means import less_means, mean_steps
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
 from kvcc.kernels.token_scales import of_layout, scale_of
@@ -54,6 +55,10 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
 
 def _seal_part(layout: PageLayout, k: Tensor, v: Tensor, records: Tensor) -> None:
     """The tokens of one class."""
+    k, means = less_means(layout, k)
+    for head, (start, count) in enumerate(layout.k_means):
+        if means is not None and count:
+            _put(records, start, means[:, head, :count])
     k, v, *scales = of_layout(layout, k, v)
     for stored, places in zip(scales, (layout.k_token_scales, layout.v_token_scales)):
         for head, place in enumerate(places):
@@ -128,6 +133,9 @@ def _unseal_part(layout: PageLayout, records: Tensor) -> tuple[Tensor, Tensor]:
             if (place := places[head]) is not None:
                 packed = _get(records, place, packed_bytes(TOKEN_SCALE_BITS, tokens))
                 x[:, head] *= scale_of(unpack(packed, TOKEN_SCALE_BITS, tokens))[..., None]
+        start, count = layout.k_means[head]
+        means = _get(records, start, count).view(torch.int8).float()
+        k[:, head, :, :count] += (means * mean_steps(layout, count)[head].to(device))[:, None]
     return k, v
 
 

@@ -105,7 +105,7 @@ def _norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: int, out: Tensor
 ) -> Record | None:
     spans = _spans(x, out)
-    if spans is None or not all(_flat(w) for w in (weight, bias)):
+    if spans is None or x.shape != out.shape or not all(_flat(w, x.shape[-1]) for w in (weight, bias)):
         return None
     inputs = (x.data_ptr(), _pointer(weight), _pointer(bias))
     stride = [span[2] for span in spans]
@@ -114,12 +114,13 @@ def _norm(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Record | None:
     """out = x * cos + rotate_half(x) * sin; x, out [1, heads, n, dim], cos and sin [1, 1, n, dim] or [n, dim]."""
-    if cos.numel() != x.shape[-2] * x.shape[-1] or sin.shape != cos.shape:
+    if not isinstance(cos, Tensor) or not isinstance(sin, Tensor):  # a graph may multiply by a size
+        return None
+    if x.dim() != 4 or cos.numel() != x.shape[-2] * x.shape[-1] or sin.shape != cos.shape:
         return None
     cos, sin = cos.reshape(x.shape[-2:]), sin.reshape(x.shape[-2:])
     fits = (
         all(t.dtype == torch.float32 and t.stride(-1) == 1 for t in (x, cos, sin, out))
-        and x.dim() == 4
         and x.shape[0] == 1
         and x.shape == out.shape
         and x.shape[-1] % 2 == 0
@@ -156,8 +157,10 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> Record | None:
 
 
 def _rowwise(op: str, a: Tensor, b: Tensor | None, out: Tensor, kind: int = 0) -> Record | None:
+    if not isinstance(b, Tensor | None):  # a size
+        return None
     spans = _spans(a, a if b is None else b, out)
-    if spans is None or (b is not None and a.shape != b.shape):
+    if spans is None or a.shape != out.shape or (b is not None and a.shape != b.shape):
         return None
     stride = [span[2] for span in spans]
     return _record(op, *spans[0][:2], (a.data_ptr(), _pointer(b)), out.data_ptr(), stride, kind=kind)
@@ -168,7 +171,11 @@ def linear(
 ) -> Record | None:
     """out = x Wᵀ + bias, rows by rows; weight: `kvcc.kernels.linear.Packed.struct`; scratch: bytes."""
     spans = _spans(x, out)
-    if spans is None or not _flat(bias):
+    if (
+        spans is None
+        or not _flat(bias, weight.rows)
+        or (x.shape[-1], out.shape[-1]) != (weight.cols, weight.rows)
+    ):
         return None
     inputs = (x.data_ptr(), ctypes.addressof(weight), _pointer(bias))
     stride = [span[2] for span in spans]
@@ -264,8 +271,8 @@ def sink(lse: Tensor, logits: Tensor, out: Tensor) -> Record:
     return _record("sink", rows, dim, (lse.data_ptr(), logits.data_ptr()), out.data_ptr(), (heads,))
 
 
-def _flat(x: Tensor | None) -> bool:
-    return x is None or (x.dtype == torch.float32 and x.dim() == 1 and x.is_contiguous())
+def _flat(x: Tensor | None, size: int) -> bool:
+    return x is None or (x.dtype == torch.float32 and x.shape == (size,) and x.is_contiguous())
 
 
 def _pointer(x: Tensor | None) -> int | None:

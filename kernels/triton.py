@@ -18,6 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from kvcc.kernels.head_classes import HeadClass, PlaneSpec, head_classes, padded
 from kvcc.kernels.layout import PageLayout
+from kvcc.kernels.page_means import less_means
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
 from kvcc.kernels.token_scales import of_layout
@@ -90,6 +91,9 @@ def supports(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> st
     if layout.page_tokens > LARGEST_PAGE:
         return f"the triton backend takes pages up to {LARGEST_PAGE} tokens, not {layout.page_tokens}"
     widest = max((s.channels for part in layout.parts for head in part.k + part.v for s in head), default=0)
+    means = max(count for part in layout.parts for _, count in part.k_means)
+    if means > WIDEST_PLANE:
+        return f"the triton backend takes page means of up to {WIDEST_PLANE} channels, not {means}"
     if widest > WIDEST_PLANE:
         return f"the triton backend takes planes up to {WIDEST_PLANE} channels, not {widest}"
     return None
@@ -108,6 +112,7 @@ def seal(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor
 
 def _seal_part(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: Tensor) -> None:
     """The tokens of one class."""
+    k, k_means = less_means(layout, k)
     k, v, k_scales, v_scales = of_layout(layout, k, v)
     k, v = _dense(k), _dense(v)
     for heads in head_classes(layout):
@@ -116,11 +121,12 @@ def _seal_part(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: 
         v_tiles, tiles = _seal_tiles(heads.v, layout.tokens, tiles)
         _launch(
             seal_pages,
-            (len(pages), len(index), tiles),
+            (len(pages), len(index), max(1, tiles)),
             k,
             v,
             k if k_scales is None else k_scales,
             v if v_scales is None else v_scales,
+            k if k_means is None else k_means,
             pages,
             pool.addresses,
             index,
@@ -132,6 +138,8 @@ def _seal_part(layout: PageLayout, k: Tensor, v: Tensor, pool: PagePool, pages: 
             V_TILES=v_tiles,
             K_SCALES=heads.k_scales,
             V_SCALES=heads.v_scales,
+            K_MEANS=heads.k_means,
+            K_CHANNELS=0 if k_means is None else k_means.shape[-1],
             SPAN=padded(layout.tokens),
             KV_HEADS=layout.kv_heads,
             TOKENS=layout.tokens,
@@ -285,6 +293,7 @@ def _attend_pages(
         V=heads.v,
         K_SCALES=heads.k_scales,
         V_SCALES=heads.v_scales,
+        K_MEANS=heads.k_means,
         TOKENS=layout.tokens,
         PAGE=cached.layout.page_tokens,
         TILE=tiling.tokens,

@@ -225,6 +225,27 @@ def _token_scales(page, start, SCALES: tl.constexpr, TOKENS: tl.constexpr, TILE:
     return tl.exp2((code.to(tl.float32) - 3.0) * (1.0 / 3.0))
 
 
+@triton.jit
+def _mean_queries(q_rows, exists, scale, K: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Queries times what a code of K's page means counts, by channel: float32 [ROWS, WIDTH]."""
+    channel = tl.arange(0, WIDTH)
+    step = tl.full([WIDTH], 0.0625, tl.float32)  # of channels behind the planes
+    for p in tl.static_range(len(K)):
+        inside = (channel >= K[p][3]) & (channel < K[p][3] + K[p][1])
+        step = tl.where(inside, 0.0625 * (1 << K[p][0]), step)
+    mask = exists[:, None] & (channel < COUNT)[None, :]
+    x = tl.load(q_rows[:, None] + channel[None, :], mask=mask, other=0).to(tl.float32)
+    return x * (step * scale)[None, :]
+
+
+@triton.jit
+def _mean_logits(page, queries, MEANS: tl.constexpr, COUNT: tl.constexpr):
+    """What queries of `_mean_queries` make of a page's means, which lie MEANS bytes into the record: float32 [ROWS]."""
+    channel = tl.arange(0, queries.shape[1])
+    codes = tl.load((page + MEANS).to(tl.pointer_type(tl.int8)) + channel, mask=channel < COUNT, other=0)
+    return tl.sum(queries * codes.to(tl.float32)[None, :], 1)
+
+
 # ---- softmax
 
 
@@ -306,6 +327,7 @@ def attend_pages(
     V: tl.constexpr,
     K_SCALES: tl.constexpr,  # where a head's token scales lie in its record; -1: nowhere
     V_SCALES: tl.constexpr,
+    K_MEANS: tl.constexpr,  # where the page's means of K lie in a head's record, and of how many channels
     TOKENS: tl.constexpr,  # of a page, of the class of tokens that this launch is for
     PAGE: tl.constexpr,  # of a page, of all classes
     TILE: tl.constexpr,
@@ -341,6 +363,8 @@ def attend_pages(
     at = (sequence * n_queries + query) * q_heads + q_head
     if BIASED:
         row_bias = tl.load(bias + at, mask=exists, other=0)
+    if K_MEANS[1]:
+        mean_queries = _mean_queries(q_rows, exists, scale, K, K_MEANS[1], K_MEANS[2])
 
     TILES: tl.constexpr = (TOKENS + TILE - 1) // TILE
     tiles = tl.load(sealed + sequence) // PAGE * TILES
@@ -361,6 +385,8 @@ def attend_pages(
             logits = tl.dot(queries[p], keys, logits, input_precision="ieee")
         if K_SCALES >= 0:
             logits *= _token_scales(page, start, K_SCALES, TOKENS, TILE)[None, :]
+        if K_MEANS[1]:
+            logits += _mean_logits(page, mean_queries, K_MEANS[0], K_MEANS[1])[:, None]
         if BIASED:
             logits += row_bias[:, None]
         if CAPPED:
@@ -714,12 +740,21 @@ def _store_scales(scales, page, SCALES: tl.constexpr, TOKENS: tl.constexpr, SPAN
     tl.store(page + SCALES + token, low | (high << 4), mask=inside)
 
 
-@triton.jit(do_not_specialize=range(13))
+@triton.jit
+def _store_means(means, page, MEANS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Copy a head's codes of page means into its record."""
+    channel = tl.arange(0, WIDTH)
+    codes = tl.load(means + channel, mask=channel < COUNT, other=0)
+    tl.store((page + MEANS).to(tl.pointer_type(tl.int8)) + channel, codes, mask=channel < COUNT)
+
+
+@triton.jit(do_not_specialize=range(14))
 def seal_pages(
     k,  # [N, Hkv, TOKENS, Ck]
     v,  # [N, Hkv, TOKENS, Cv]
     k_scales,  # [N, Hkv, TOKENS] uint8, contiguous; unread where K_SCALES is -1
     v_scales,
+    k_means,  # [N, Hkv, K_CHANNELS] int8, contiguous; unread without means
     pages,  # [N] int64
     addresses,  # [capacity] int64
     heads,  # [class heads, 2] int32: KV head, byte offset of its record
@@ -735,6 +770,8 @@ def seal_pages(
     V_TILES: tl.constexpr,
     K_SCALES: tl.constexpr,  # where a head's token scales lie in its record; -1: nowhere
     V_SCALES: tl.constexpr,
+    K_MEANS: tl.constexpr,  # where the page's means of K lie in a head's record, and of how many channels
+    K_CHANNELS: tl.constexpr,
     SPAN: tl.constexpr,  # tokens, rounded up to a power of two
     KV_HEADS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -756,6 +793,9 @@ def seal_pages(
             _store_scales(k_scales + at, page, K_SCALES, TOKENS, SPAN)
         if V_SCALES >= 0:
             _store_scales(v_scales + at, page, V_SCALES, TOKENS, SPAN)
+        if K_MEANS[1]:
+            means = k_means + (row * KV_HEADS + head) * K_CHANNELS
+            _store_means(means, page, K_MEANS[0], K_MEANS[1], K_MEANS[2])
     keys = k + row * k_page_stride + head * k_head_stride
     for p in tl.static_range(len(K)):
         if (tile >= K_TILES[p][0]) & (tile < K_TILES[p][1]):

@@ -15,10 +15,11 @@ from safetensors.torch import save
 from torch import Tensor, fx
 
 from kvcc import statistics
+from kvcc.atomic import write_atomically
 from kvcc.calibration_data import Prompt, digest, load_prompts
 from kvcc.errors import CapacityError, DataError, ProfileError
 from kvcc.graph import Graph
-from kvcc.profile import Profile, Source, pack, sorted_sources, unpack, write_atomically
+from kvcc.profile import Profile, Source, pack, sorted_sources, unpack
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.sensitivity import Gradients
 from kvcc.statistics import LayerShape, LayerStatistics

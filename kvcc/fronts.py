@@ -11,6 +11,7 @@ from pydantic import BaseModel, Field, PositiveFloat, ValidationError
 from kvcc import charts
 from kvcc.errors import DataError, RecipeError
 from kvcc.recipe import parse_recipe
+from kvcc.runtime.strict_json import first_fault
 
 Divergence = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MAX_BYTES = 64 << 20
@@ -78,9 +79,7 @@ def read_front(path: Path, recipe: Mapping[str, Any], bits: float) -> Front:
     try:
         return _compared(data, recipe, bits) if "artifacts" in data else _planned(data, recipe, bits)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: {where}: {first['msg']}; measure again") from error
+        raise DataError(f"{path}: {first_fault(error)}; measure again") from error
 
 
 def _compared(data: dict[str, Any], recipe: Mapping[str, Any], bits: float) -> Front:

@@ -1,4 +1,7 @@
-"""How much of attention's logits the stored K channels carry, by the statistics of a profile."""
+"""How much of attention's logits the stored K channels carry, by the statistics of a profile.
+
+What page means hold of other channels comes on top: it is not in these figures.
+"""
 
 from collections.abc import Mapping
 
@@ -43,8 +46,11 @@ def _layer(profile: Profile, layer: LayerPlan, index: int, tables: Mapping[str, 
 def _stored_columns(
     layer: LayerPlan, index: int, tables: Mapping[str, Tensor]
 ) -> list[tuple[Tensor, Tensor]] | None:
-    """For each KV head what turns k and q into a page's coordinates: [D, stored] each; None where that is not fixed."""
-    counts = [head.k.channels for head in layer.heads]
+    """For each KV head what turns k and q into a page's coordinates: [D, stored] each; None where that is not fixed.
+
+    Stored are channels of planes. Those of which a page has a mean only do not count.
+    """
+    counts = [sum(plane.channels for plane in head.k.planes) for head in layer.heads]
     if not layer.page or layer.select not in ("all", "static", "basis"):
         return None
     if layer.select == "basis":
@@ -52,7 +58,7 @@ def _stored_columns(
         return [(k[:, :n], q[:, :n]) for k, q, n in zip(*pair, counts)]
     one = torch.eye(layer.k_dim, dtype=torch.float64)
     if layer.select == "all":
-        return [(one, one)] * len(counts)
+        return [(one[:, :n], one[:, :n]) for n in counts]
     orders = tables[f"layers.{index}.k_channels"].cpu()
     return [(one[:, order[:n]], one[:, order[:n]]) for order, n in zip(orders, counts)]
 

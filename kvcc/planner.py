@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcc.atomic import write_atomically
 from kvcc.attention_time import attention_ms
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
@@ -27,7 +28,7 @@ from kvcc.graph import Graph, attention_nodes, attention_spec
 from kvcc.kernels import backend as kernel_backend
 from kvcc.mixing import mixed_recipe, single_side
 from kvcc.pipeline import run_passes
-from kvcc.profile import Profile, write_atomically
+from kvcc.profile import Profile
 from kvcc.recipe import parse_recipe
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.fuse import fuse

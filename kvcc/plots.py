@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 from kvcc import charts
+from kvcc.atomic import write_atomically
 from kvcc.errors import ArtifactUnwritable, DataError
-from kvcc.profile import write_atomically
 from kvcc.report import Extras, report_figures
 
 Format = Literal["svg", "png"]

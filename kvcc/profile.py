@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -18,12 +17,17 @@ from torch import Tensor
 
 from kvcc import sketch, statistics
 from kvcc._version import __version__
+from kvcc.atomic import locked, write_atomically
 from kvcc.errors import ProfileError
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.statistics import CLASSES, LayerShape, LayerStatistics
 
 SCHEMA = 1
-_OURS = re.compile(r"statistics-[0-9a-f]{16}\.safetensors(\.tmp)?")
+# Tensors of older profiles, and what killed writers left of any.
+_OURS = re.compile(
+    r"statistics-[0-9a-f]{16}\.safetensors(\.tmp)?"
+    r"|\.(profile\.json|statistics-[0-9a-f]{16}\.safetensors)\.[0-9a-f]{12}\.tmp"
+)
 TAKEN = "q, k and v at the attention node, after rotary embedding and query/key norms"
 
 
@@ -135,6 +139,10 @@ class Profile:
         """Covariance of keys (divisor n), [H, D, D]."""
         return _covariance(self.kk(layer), self.k_mean(layer))
 
+    def k_page_cov(self, layer: int) -> Tensor:
+        """Covariance of keys within the pages of statistics.PAGE tokens around them, [H, D, D]."""
+        return self.kk(layer) - self._layer(layer).k_page_sum / self._count(layer)
+
     def v_mean(self, layer: int) -> Tensor:
         """[H, E]."""
         return self._layer(layer).v_sum / self._count(layer)
@@ -152,6 +160,11 @@ class Profile:
         held = self._layer(layer)
         drawn = min(self._count(layer), len(held.sample_draws))
         return held.k_sample[:drawn].transpose(0, 1), held.v_sample[:drawn].transpose(0, 1)
+
+    def page_samples(self, layer: int) -> Tensor:
+        """Means of the keys of the pages in which the keys of `samples` lie, [H, S, D] float32."""
+        held = self._layer(layer)
+        return held.k_page_sample[: min(self._count(layer), len(held.sample_draws))].transpose(0, 1)
 
     @property
     def has_gradients(self) -> bool:
@@ -217,17 +230,19 @@ class Profile:
         """Write profile.json and its tensor file into `folder`, made if missing; an older one is replaced.
 
         The tensors go into a file named by their digest and profile.json is renamed into place last, so that
-        at every moment the folder loads as the old profile, as the new one, or as none. Raises ProfileError.
+        at every moment the folder loads as the old profile, as the new one, or as none. Several processes that save
+        into one folder do so one after another. Raises ProfileError.
         """
         folder = Path(folder)
         document, tensors = _document(self)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder / document.tensors.file, tensors)
-            write_atomically(folder / "profile.json", document.model_dump_json(indent=1).encode())
-            for stale in folder.iterdir():
-                if _OURS.fullmatch(stale.name) and stale.name != document.tensors.file:
-                    stale.unlink(missing_ok=True)
+            with locked(folder, wait=True):
+                write_atomically(folder / document.tensors.file, tensors)
+                write_atomically(folder / "profile.json", document.model_dump_json(indent=1).encode())
+                for stale in folder.iterdir():
+                    if _OURS.fullmatch(stale.name) and stale.name != document.tensors.file:
+                        stale.unlink(missing_ok=True)
         except OSError as error:
             raise ProfileError(f"cannot write profile {folder}: {error.strerror or error}") from error
 
@@ -329,20 +344,6 @@ def unpack(
     if by_layer:
         raise ProfileError(f"{where}: holds statistics of unknown layers {', '.join(sorted(by_layer))}")
     return layers
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is absent, old, or whole, even when the process is killed or the machine stops."""
-    partial = path.with_name(f"{path.name}.tmp")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _document(profile: Profile) -> tuple[_Document, bytes]:

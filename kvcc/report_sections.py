@@ -87,7 +87,8 @@ def _channels(calibration: Calibrated | None) -> Section:
     else:
         text = (
             "What attention loses by storing fewer K channels, by the statistics of the calibration text. "
-            "Quantisation of what is stored comes on top. V's channels are folded into weights or stored whole.",
+            "Quantisation of what is stored comes on top; what pages hold as means of channels that they leave out "
+            "is counted as lost. V's channels are folded into weights or stored whole.",
         )
     return Section("channels", "Channel energy", text, figures, missing=missing)
 

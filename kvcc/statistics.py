@@ -15,17 +15,18 @@ from torch import Tensor
 from kvcc import sketch
 from kvcc.errors import ProfileError
 
-VERSION = 3  # of the meaning of the fields below; profiles of different versions do not merge
+VERSION = 4  # of the meaning of the fields below; profiles of different versions do not merge
 SINKS = 16  # the position class "sinks": the first tokens of a prompt
 RECENT = 64  # the position class "recent": the last tokens up to and including the query
 CLASSES = ("sinks", "middle", "recent")
 PROBES = 16  # last rows, and as many random rows, on which attention is looked at (ZipCache's probe queries)
 THINK_WINDOW = 32  # last queries that ThinK's score looks at
 SAMPLED = 1024  # body tokens kept as they are
+PAGE = 64  # body tokens in a row whose mean key counts as a page's; the last ones of a prompt may be fewer
 MAX_TOKENS = 2**31 - 1  # what the sketch's int32 counters hold
 
 _MINIMA, _MAXIMA = ("k_min", "v_min"), ("k_max", "v_max")
-_SAMPLES = ("k_sample", "v_sample")
+_SAMPLES = ("k_sample", "k_page_sample", "v_sample")
 _NOT_DRAWN = 2**63 - 1
 
 
@@ -61,6 +62,7 @@ class LayerStatistics:
     qq_sum: Tensor  # [H, D, D] Σ q qᵀ
     k_sum: Tensor  # [H, D]
     kk_sum: Tensor  # [H, D, D]
+    k_page_sum: Tensor  # [H, D, D] Σ m mᵀ, m the mean key of the PAGE tokens around
     v_sum: Tensor  # [H, E]
     vv_sum: Tensor  # [H, E, E]
     k_min: Tensor  # [H, D] over body tokens
@@ -81,6 +83,7 @@ class LayerStatistics:
         Tensor  # [S] int64 random numbers of the sampled tokens, ascending; the largest int64 for none
     )
     k_sample: Tensor  # [S, H, D] float32 keys of the body tokens that drew least
+    k_page_sample: Tensor  # [S, H, D] means of the PAGE keys around them
     v_sample: Tensor  # [S, H, E]
     grad_rows: Tensor  # [] predictions whose gradients were taken (kvcc.sensitivity); 0: none were
     k_grad: Tensor  # [H, D, D] Σ over stored tokens of g gᵀ, g the gradient at their key
@@ -97,11 +100,12 @@ def layout(shape: LayerShape) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     sizes: dict[str, tuple[int, ...]] = {
         "tokens": (), "prompts": (), "rows": (), "saliency_keys": (C,), "uniform_sum": (C,),
         "q_sum": (H, D), "k_sum": (H, D), "v_sum": (H, E), "think_sum": (H, D),
-        "qq_sum": (H, D, D), "kk_sum": (H, D, D), "vv_sum": (H, E, E),
+        "qq_sum": (H, D, D), "kk_sum": (H, D, D), "k_page_sum": (H, D, D), "vv_sum": (H, E, E),
         "k_min": (H, D), "k_max": (H, D), "v_min": (H, E), "v_max": (H, E),
         "k_sketch": (H, D, B), "v_sketch": (H, E, B),
         "mass_sum": (H, C), "mass_sq_sum": (H, C), "saliency_sum": (H, C), "saliency_sq_sum": (H, C),
-        "sample_draws": (SAMPLED,), "k_sample": (SAMPLED, H, D), "v_sample": (SAMPLED, H, E),
+        "sample_draws": (SAMPLED,), "k_sample": (SAMPLED, H, D),
+        "k_page_sample": (SAMPLED, H, D), "v_sample": (SAMPLED, H, E),
         "grad_rows": (), "k_grad": (H, D, D), "v_grad": (H, E, E),
     }  # fmt: skip
     counts = {"tokens", "prompts", "rows", "saliency_keys", "sample_draws", "grad_rows"}
@@ -153,11 +157,13 @@ def merged(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
     return LayerStatistics(**sums, **samples)
 
 
-def _least_drawn(draws: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+def _least_drawn(draws: Tensor, *samples: Tensor) -> dict[str, Tensor]:
     """The SAMPLED tokens with the least draws: a uniform sample, whatever the order in which parts came."""
     draws, order = draws.sort(stable=True)
     order = order[:SAMPLED]
-    return {"sample_draws": draws[:SAMPLED], "k_sample": k[order], "v_sample": v[order]}
+    return {"sample_draws": draws[:SAMPLED]} | {
+        name: x[order] for name, x in zip(_SAMPLES, samples, strict=True)
+    }
 
 
 def add_prompt(
@@ -181,14 +187,24 @@ def add_prompt(
     prompts, so sums do not depend on how prompts are batched.
     """
     queries = q.unflatten(0, (shape.kv_heads, shape.group))  # [H, group, T, D]
-    _add_moments(statistics, queries[:, :, skip_first:], k[:, skip_first:], v[:, skip_first:])
-    _add_samples(statistics, draws[skip_first:], k[:, skip_first:], v[:, skip_first:])
+    body_k, body_v = k[:, skip_first:], v[:, skip_first:]
+    around = page_means(body_k)
+    _add_moments(statistics, queries[:, :, skip_first:], body_k, around, body_v)
+    _add_samples(statistics, draws[skip_first:], body_k, around, body_v)
     _add_think(statistics, queries[:, :, -THINK_WINDOW:], k)
     attention, seen = _probe_attention(shape, queries, k, visible=visible, sinks=sinks, probes=probes)
     _add_attention(statistics, attention, seen, probes)
 
 
-def _add_moments(statistics: LayerStatistics, queries: Tensor, k: Tensor, v: Tensor) -> None:
+def page_means(k: Tensor) -> Tensor:
+    """For each of keys [H, T, D] the mean of the PAGE around it, float64 [H, T, D]."""
+    page = torch.arange(k.shape[1], device=k.device) // PAGE
+    sums = torch.zeros(len(k), -(-k.shape[1] // PAGE), k.shape[2], dtype=torch.float64, device=k.device)
+    sums.index_add_(1, page, k.double())
+    return (sums / page.bincount()[:, None])[:, page]
+
+
+def _add_moments(statistics: LayerStatistics, queries: Tensor, k: Tensor, around: Tensor, v: Tensor) -> None:
     """Counts, first and second moments, ranges and sketches of body tokens: queries [H, group, T, D]."""
     if k.shape[1] == 0:
         return
@@ -199,6 +215,7 @@ def _add_moments(statistics: LayerStatistics, queries: Tensor, k: Tensor, v: Ten
     for name, rows in exact.items():
         getattr(statistics, f"{name}_sum").add_(rows.sum(1))
         getattr(statistics, f"{name}{name}_sum").baddbmm_(rows.mT, rows)
+    statistics.k_page_sum.baddbmm_(around.mT, around)
     for name, rows in (("k", k), ("v", v)):
         minimum, maximum = getattr(statistics, f"{name}_min"), getattr(statistics, f"{name}_max")
         torch.minimum(minimum, rows.amin(1).double(), out=minimum)
@@ -206,12 +223,12 @@ def _add_moments(statistics: LayerStatistics, queries: Tensor, k: Tensor, v: Ten
         sketch.add(getattr(statistics, f"{name}_sketch"), rows)
 
 
-def _add_samples(statistics: LayerStatistics, draws: Tensor, k: Tensor, v: Tensor) -> None:
-    """Keep those of k, v [H, T, …] that drew less than what is kept."""
+def _add_samples(statistics: LayerStatistics, draws: Tensor, k: Tensor, around: Tensor, v: Tensor) -> None:
+    """Keep those of k, around, v [H, T, …] that drew less than what is kept."""
     held = statistics.tensors()
     here = draws < held["sample_draws"][-1]
     if bool(here.any()):
-        new = draws[here], *(x[:, here].transpose(0, 1).float() for x in (k, v))
+        new = draws[here], *(x[:, here].transpose(0, 1).float() for x in (k, around, v))
         names = ("sample_draws", *_SAMPLES)
         kept = _least_drawn(
             *(torch.cat([held[name], x.to(held[name].device)]) for name, x in zip(names, new))

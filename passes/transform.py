@@ -15,8 +15,9 @@ from kvcc.folds import (
     value_projection,
 )
 from kvcc.joint_heads import check_joint_heads, join_heads
-from kvcc.kernels.layout import TOKEN_SCALE_BITS, Groups, Plane, Side
+from kvcc.kernels.layout import PAGE_MEAN_BITS, TOKEN_SCALE_BITS, Groups, Plane, Side
 from kvcc.passes.contract import Compilation, Pass
+from kvcc.profile import Profile
 from kvcc.runtime.plan import HeadPlan
 from kvcc.surgery import tidy
 from kvcc.transform_coding import (
@@ -29,6 +30,7 @@ from kvcc.transform_coding import (
     give_bits,
     joint,
     shrunk,
+    widened,
 )
 
 
@@ -39,10 +41,11 @@ class Transform(Pass):
     most, in the whole model's currency: nats, by the Fisher information of keys and values where the profile has
     gradients (kvcc calibrate --gradients), else by errors of logits and of the layer's output. Steps are fixed by
     calibration and folded into the basis, so a page holds codes only; `token_scales` adds four bits a token and
-    side, by which tokens with heavy tails are scaled down. V's basis and mean go into W_v, W_o and b_o; K's are
-    applied to queries and to keys that are sealed. Sinks and the recent window stay exact. With `joint_heads` several
-    KV heads of a layer share one basis, which removes what they have in common, too; attention over them then does
-    `joint_heads` times the arithmetic.
+    side, by which tokens with heavy tails are scaled down; `page_means` adds a byte a page and channel of K for what
+    keys of a page have in common, because errors that they share do not average out in attention. V's basis and mean
+    go into W_v, W_o and b_o; K's are applied to queries and to keys that are sealed. Sinks and the recent window stay
+    exact. With `joint_heads` several KV heads of a layer share one basis, which removes what they have in common,
+    too; attention over them then does `joint_heads` times the arithmetic.
 
     Transform coding with greedy marginal gains is classical (Huang & Schultheiss, 1963; Shoham & Gersho, 1988); compare
     SVDq (arXiv 2502.15304), which gives bits to singular directions of K, and OSCAR (arXiv 2605.17757), whose
@@ -53,10 +56,13 @@ class Transform(Pass):
     needs_profile: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ()
 
-    bits: float = Field(2.5, gt=0.1, le=8.5, description="bits per element of K and V, token scales included")
+    bits: float = Field(
+        2.5, gt=0.1, le=9, description="bits per element of K and V, token scales and page means included"
+    )
     k_basis: Basis = Field("pca", description="native, hadamard, pca, or dual (weighted by the metric)")
     v_basis: Basis = Field("pca", description="the same for V")
     token_scales: bool = Field(True, description="four bits a token and side, against heavy tails")
+    page_means: bool = Field(True, description="a byte a page and channel of K for the mean of its keys")
     joint_heads: int = Field(
         1, ge=1, description="KV heads of a layer that share a basis; divides their number"
     )
@@ -66,6 +72,9 @@ class Transform(Pass):
     )
     metric: Literal["auto", "fisher", "output"] = Field("auto", description="what errors cost")
     shrinkage: float = Field(0.1, ge=0, le=1, description="of the metric towards the identity")
+    spread: float = Field(
+        0.3, ge=0, le=10, description="of the mean variance, added to every direction for text of other kinds"
+    )
 
     def apply(self, compilation: Compilation) -> None:
         layers = [index for index, _ in self.paged(compilation)]
@@ -76,7 +85,7 @@ class Transform(Pass):
                 _join(compilation, index, self.joint_heads, v, v_bits)
             else:
                 _fold_values(compilation, index, v, v_bits)
-            _store_keys(compilation, index, k, k_bits)
+            self._store_keys(compilation, index, k, k_bits)
             self._narrow(compilation, index, k_bits, v_bits)
         tidy(compilation.graph.module)
 
@@ -88,21 +97,34 @@ class Transform(Pass):
                 "use kivi"
             )
         check_joint_heads(index, layer, self.joint_heads)
-        k, v = profile.samples(index)
         no_mean = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
         v_mean = torch.zeros_like(profile.v_mean(index)) if no_mean else profile.v_mean(index)
         v_cov = profile.vv(index) if no_mean else profile.v_cov(index)
         k_metric, v_metric = (shrunk(m, self.shrinkage) for m in self._metrics(compilation, index))
         sides = (
-            (self.k_basis, Observed(k, profile.k_mean(index), profile.k_cov(index), k_metric)),
-            (self.v_basis, Observed(v, v_mean, v_cov, v_metric)),
+            (self.k_basis, self._keys(profile, index, k_metric)),
+            (self.v_basis, Observed(profile.samples(index)[1], v_mean, v_cov, v_metric)),
         )
         many = self.joint_heads
         k_coder, v_coder = (
-            coder(joint(side, many), basis, scaled=self.token_scales, seed=index, joint_heads=many)
+            coder(
+                joint(widened(side, self.spread, index), many),
+                basis,
+                scaled=self.token_scales,
+                seed=index,
+                joint_heads=many,
+            )
             for basis, side in sides
         )
         return k_coder, v_coder
+
+    def _keys(self, profile: Profile, index: int, metric: Tensor) -> Observed:
+        """Keys as pages will hold them: with page means, what differs from these."""
+        k, mean = profile.samples(index)[0], profile.k_mean(index)
+        if not self.page_means:
+            return Observed(k, mean, profile.k_cov(index), metric)
+        within = k - profile.page_samples(index) + mean[:, None]
+        return Observed(within, mean, profile.k_page_cov(index), metric)
 
     def _metrics(self, compilation: Compilation, index: int) -> tuple[Tensor, Tensor]:
         """What errors in K and V of a layer cost, [H, D, D] each."""
@@ -130,6 +152,11 @@ class Transform(Pass):
         bits = self.bits * sum(p.model_elements for p in plans)
         heads = [p.kv_heads // self.joint_heads for p in plans]
         bits -= 2 * TOKEN_SCALE_BITS * self.token_scales * sum(heads)
+        bits -= sum(PAGE_MEAN_BITS * p.kv_heads * p.k_dim / p.page for p in plans) * self.page_means
+        if bits < 0:
+            raise PassError(
+                f"transform: {self.bits:g} bits do not hold page_means and token_scales; use more, or leave them out"
+            )
         if self.heads == "shared":
             costs = [cost.sum(0, keepdim=True) for cost in costs]
             bits /= heads[0] if heads else 1
@@ -144,27 +171,28 @@ class Transform(Pass):
 
     def _narrow(self, compilation: Compilation, index: int, k_bits: Tensor, v_bits: Tensor) -> None:
         heads = tuple(
-            HeadPlan(k=self._side(k, "tokens"), v=self._side(v, "channels")) for k, v in zip(k_bits, v_bits)
+            HeadPlan(k=self._side(k, "tokens", len(k) if self.page_means else 0), v=self._side(v, "channels"))
+            for k, v in zip(k_bits, v_bits)
         )
         compilation.update(index, select="basis", mean_correction=True, heads=heads)
         text = f"K {_text(k_bits)} bits a channel, V {_text(v_bits)}"
         self.note(compilation, index, text)
 
-    def _side(self, bits: Tensor, groups: Groups) -> Side:
+    def _side(self, bits: Tensor, groups: Groups, page_means: int = 0) -> Side:
         """What one head's channels of these widths [D] take; without channels tokens need no scales."""
         planes = _planes(bits)
-        return Side(planes, groups, steps="unit", token_scales=self.token_scales and bool(planes))
+        scales = self.token_scales and bool(planes)
+        return Side(planes, groups, steps="unit", token_scales=scales, page_means=page_means)
 
-
-def _store_keys(compilation: Compilation, index: int, k: Coder, bits: Tensor) -> None:
-    """Tables that turn keys and queries into the coordinates of pages, in which steps are 1."""
-    order, step = _chosen(k, bits)
-    stored = int((bits > 0).sum(-1).max())
-    keys = _columns(k.forward, order) / step[:, None]
-    queries = _columns(k.inverse.mT, order) * step[:, None]
-    tables = {"k_basis": keys[..., :stored], "q_basis": queries[..., :stored], "k_mean": k.mean}
-    for name, table in tables.items():
-        compilation.tables[f"layers.{index}.{name}"] = table.float().contiguous()
+    def _store_keys(self, compilation: Compilation, index: int, k: Coder, bits: Tensor) -> None:
+        """Tables that turn keys and queries into the coordinates of pages, in which steps are 1."""
+        order, step = _chosen(k, bits)
+        stored = bits.shape[-1] if self.page_means else int((bits > 0).sum(-1).max())
+        keys = _columns(k.forward, order) / step[:, None]
+        queries = _columns(k.inverse.mT, order) * step[:, None]
+        tables = {"k_basis": keys[..., :stored], "q_basis": queries[..., :stored], "k_mean": k.mean}
+        for name, table in tables.items():
+            compilation.tables[f"layers.{index}.{name}"] = table.float().contiguous()
 
 
 def _fold_values(compilation: Compilation, index: int, v: Coder, bits: Tensor) -> None:

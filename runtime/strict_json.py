@@ -5,9 +5,12 @@ import math
 import re
 from typing import Any
 
+from pydantic import ValidationError
+
 from kvcc.errors import ArtifactError
 
 MAX_DEPTH = 32  # nested lists and objects
+MAX_VALUES = 4_000_000  # of one document; a Python object takes up to a hundred times its text
 _INT64 = 1 << 63
 # A terminal would obey these; tab, line feed, form feed and carriage return are ordinary text.
 _CONTROL = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -17,6 +20,8 @@ def parse_json(data: bytes, what: str, error: type[ArtifactError], limit: int) -
     """Decode `data`, of at most `limit` bytes. Raises `error`, naming `what`, beyond plain JSON."""
     if len(data) > limit:
         raise error(f"{what}: {len(data):,} bytes of JSON; at most {limit:,} are read")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:  # those within texts counted, too
+        raise error(f"{what}: more than {MAX_VALUES:,} values of JSON")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -31,6 +36,13 @@ def parse_json(data: bytes, what: str, error: type[ArtifactError], limit: int) -
     except ValueError as cause:  # JSONDecodeError, UnicodeDecodeError and those raised below
         raise error(f"{what}: not the JSON that kvcc writes: {cause}") from cause
     return value
+
+
+def first_fault(error: ValidationError) -> str:
+    """ "field.inner: what is wrong there", in one line: names of fields can be anything that a file says."""
+    first = error.errors()[0]
+    where = ".".join("".join(c if c.isprintable() else "�" for c in str(part)[:100]) for part in first["loc"])
+    return f"{where}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

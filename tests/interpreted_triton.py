@@ -35,6 +35,7 @@ QUICK = {
     "normal3",
     "normal-unit",
     "clipped",
+    "means",
     "per-head",
     "v-by-channel",
     "k-by-token",

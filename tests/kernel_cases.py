@@ -231,6 +231,7 @@ def _layouts() -> Iterator[Spec]:
         lengths=(700,),
     )
     yield from _unit_steps()
+    yield from _page_means()
     yield from _levels()
     yield from _classes()
     mostly_pruned = side("tokens", 64, (4, 1))
@@ -255,6 +256,29 @@ def _unit_steps() -> Iterator[Spec]:
     by_token = unit("channels", (4, 64))
     yield Spec("unit-by-token", (by_token,), (unit("tokens", (2, 40), (8, 24)),))
     yield Spec("unit-no-keys", (unit("tokens"),), (unit("channels", (2, 64)),), bias=True)
+
+
+def _page_means() -> Iterator[Spec]:
+    def means(count: int, *planes: tuple[int, int], scales: bool = True) -> Side:
+        return replace(unit("tokens", *planes, scales=scales), page_means=count)
+
+    v = unit("channels", (4, 24), (3, 8), (1, 24))
+    every = means(64, (8, 8), (4, 16), (3, 8), (2, 16), (1, 16))
+    yield Spec("means", (every, every), (v, v), group=3)
+    yield Spec("means-bfloat16", (every,), (v,), group=4, dtype=torch.bfloat16, lengths=(300, 90), bias=True)
+    beyond = means(64, (4, 8), (2, 24))
+    yield Spec("means-beyond-planes", (beyond, beyond), (v, v), group=3, softcap=1.5)
+    yield Spec("means-queries70", (beyond,) * 2, (v,) * 2, queries=70, lengths=(300, 0, 20), bias=True)
+    yield Spec("means-without-scales", (means(64, (3, 40), scales=False),), (v,), lengths=(300, 113))
+    some = means(21, (4, 8), (3, 31))  # fewer than the planes have
+    yield Spec("means-some", (some, some), (v, v), group=3, dtype=torch.float16, queries=5)
+    yield Spec("means-only", (means(64, scales=False),), (v,), bias=True)
+    yield Spec("means-page24", (means(19, (3, 17)),), (v,), page=24, lengths=(200, 90))
+    other = side("tokens", 32, (4, 39)), side("channels", 32, (4, 64))
+    k, vs = zip((beyond, v), other, (some, v), (unit("tokens", (2, 40)), v))
+    yield Spec("means-per-head", k, vs, group=2)
+    parts = {"salient": 40, "salient_k": (beyond,), "salient_v": (v,)}
+    yield Spec("means-classes", (means(64, (1, 40)),), (v,), lengths=(400, 90), **parts)  # type: ignore[arg-type]
 
 
 def _levels() -> Iterator[Spec]:

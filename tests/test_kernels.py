@@ -20,7 +20,7 @@ from kvcc.kernels import cpu, reference
 from kvcc.kernels.layout import PageLayout, Section, page_layout
 from kvcc.kernels.levels import NORMAL, Levels, nearest, values_of
 from kvcc.kernels.pool import PagePool
-from tests.kernel_cases import SPECS, Case, Spec, build, side, tolerance
+from tests.kernel_cases import SPECS, Case, Spec, build, side, tolerance, unit
 
 BACKENDS = ["cpu"]
 
@@ -157,10 +157,17 @@ def naive_side(layout: PageLayout, record: np.ndarray, h: int, which: str) -> np
         "k": (layout.k[h], layout.k_token_scales[h]),
         "v": (layout.v[h], layout.v_token_scales[h]),
     }[which]
-    side = np.concatenate([naive_section(layout, s, record) for s in sections], 1)
+    side = np.concatenate(
+        [np.zeros((layout.tokens, 0)), *(naive_section(layout, s, record) for s in sections)], 1
+    )
     if place is not None:
         codes = [code_at(record, place, 4, layout.tokens, t) for t in range(layout.tokens)]
         side *= 2.0 ** ((np.array(codes)[:, None] - 3) / 3)
+    start, count = layout.k_means[h] if which == "k" else (0, 0)
+    side = np.pad(side, ((0, 0), (0, max(0, count - side.shape[1]))))
+    widths = [s.bits for s in sections for _ in range(s.channels)] + [0] * count
+    for channel in range(count):
+        side[:, channel] += int(record[start + channel].view(np.int8)) * 2.0 ** widths[channel] / 16
     return side
 
 
@@ -168,6 +175,7 @@ NAIVE = [
     "k2v4-float16", "raw16-bfloat16", "mixed-planes", "odd-mixed", "per-head", "v-by-channel", "k3v3-group8",
     "k8v8-group32", "k-by-token", "page-24", "bias-softcap-queries5", "sinks0-length96", "sinks16-length111",
     "fp8", "nvfp4", "nvfp4-by-channel", "normal3", "normal-unit", "clipped", "unit-mixed", "unit-per-head",
+    "means", "means-beyond-planes", "means-some", "means-only", "means-per-head", "means-classes",
     "salient40-bias-queries5", "queries5", "sliding-sinks4", "sliding-sinks0",
 ]  # fmt: skip
 
@@ -252,6 +260,16 @@ SEALED = page_layout(
     (side("tokens", 32, (2, 20), (3, 9), (4, 7), (8, 3), (16, 1)),) * 2,
     (side("channels", 8, (4, 24), (3, 8), (32, 8)),) * 2,
 )
+MEANS = page_layout(
+    64,
+    (  # channels with a mean, of those with a plane: fewer, all, more; a K that lies by tokens
+        replace(unit("tokens", (4, 7), (2, 30)), page_means=13),
+        replace(unit("tokens", (8, 3), (1, 28), scales=False), page_means=31),
+        replace(unit("tokens", (3, 8)), page_means=40),
+        replace(unit("channels", (2, 5), (4, 20), scales=False), page_means=17),
+    ),
+    (unit("channels", (2, 40)),) * 4,
+)
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "plain": lambda x: x,
     "zero": lambda x: x * 0 + 0.0,  # which of 0 and -0 is the smaller is nobody's promise
@@ -259,6 +277,7 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "huge": lambda x: x * 1e4,
     "tiny": lambda x: x * 1e-7,
     "halves": lambda x: (x * 4).round() / 2 + 0.0,  # many codes exactly between two
+    "alike": lambda x: ((x[:, :, :1] * 32).round() / 32).expand(x.shape),  # means between two codes
     "outlier": lambda x: torch.where(x > 2.5, x * 3000, x),
     "bfloat16": lambda x: x.bfloat16(),
     "float16": lambda x: x.half(),
@@ -268,15 +287,30 @@ INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.parametrize("layout", [SEALED, MEANS], ids=["steps", "means"])
 @pytest.mark.parametrize("kind", INPUTS)
-def test_seal_inputs(backend: ModuleType, kind: str) -> None:
+def test_seal_inputs(backend: ModuleType, kind: str, layout: PageLayout) -> None:
     rng = torch.Generator().manual_seed(7)
-    k, v = (INPUTS[kind](torch.randn(3, 2, 64, 40, generator=rng)) for _ in range(2))
-    expected, ids = fresh_pool(SEALED, 3)
-    reference.seal(SEALED, k, v, expected, ids)
-    pool, ids = fresh_pool(SEALED, 3)
-    backend.seal(SEALED, k, v, pool, ids)
+    k, v = (INPUTS[kind](torch.randn(3, layout.kv_heads, 64, 40, generator=rng)) for _ in range(2))
+    expected, ids = fresh_pool(layout, 3)
+    reference.seal(layout, k, v, expected, ids)
+    pool, ids = fresh_pool(layout, 3)
+    backend.seal(layout, k, v, pool, ids)
     assert torch.equal(pool.read(ids), expected.read(ids))
+
+
+@pytest.mark.parametrize(
+    ("value", "code"), [(1.0, 16), (3 / 32, 2), (5 / 32, 2), (-7 / 32, -4), (9.0, 127), (-9.0, -127)]
+)
+def test_codes_of_page_means(backend: ModuleType, value: float, code: int) -> None:
+    """Sixteenths behind the planes, halves to even, and no further than 127 to either side."""
+    layout = page_layout(8, (replace(unit("tokens"), page_means=19),), (unit("channels", (1, 8)),))
+    for module in (reference, backend):
+        pool, ids = fresh_pool(layout, 1)
+        module.seal(layout, torch.full((1, 1, 8, 19), value), torch.zeros(1, 1, 8, 8), pool, ids)
+        place, count = layout.k_means[0]
+        record = pool.read(ids)[0, place : place + 32].view(torch.int8)
+        assert record.tolist() == [code] * count + [0] * (32 - count)
 
 
 def test_seal_leaves_other_pages_alone(backend: ModuleType) -> None:

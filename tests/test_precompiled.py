@@ -170,6 +170,8 @@ LAYERS: dict[str, tuple[str, str]] = {
     "exact pages": ("phi3", "[]"),
     "softcap, sliding window": ("gemma2", "\n  - kivi: {group_size: 8, k_bits: 2, v_bits: 2}"),
     "sinks": ("gpt_oss", "\n  - kivi: {group_size: 8}"),
+    "bases, page means": ("llama", "\n  - transform: {bits: 3}"),
+    "bases of several heads": ("llama", "\n  - transform: {bits: 3, joint_heads: 2}"),
     "one head a group": ("gpt_neox", "\n  - kivi: {group_size: 8}"),
 }
 

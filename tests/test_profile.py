@@ -88,6 +88,11 @@ def naive(
                     out[f"{name}{name}_sum"][h] += np.outer(x, x)
                     out[f"{name}_min"][h] = np.minimum(out[f"{name}_min"][h], x)
                     out[f"{name}_max"][h] = np.maximum(out[f"{name}_max"][h], x)
+        for first in range(SKIP, T, statistics.PAGE):
+            page = k[:, first : first + statistics.PAGE]
+            for h in range(H):
+                mean = page[h].sum(0) / page.shape[1]
+                out["k_page_sum"][h] += page.shape[1] * np.outer(mean, mean)
         for h in range(H):
             for d in range(D):
                 last = q[h * G : (h + 1) * G, max(0, T - 32) :, d]
@@ -288,7 +293,7 @@ def test_merging_equals_one_measurement_of_both() -> None:
         ),
         ({"model": MODEL.model_copy(update={"tokenizer_digest": "sha256:x"})}, "tokenizer differs"),
         ({"model": MODEL.model_copy(update={"dtype": "float16"})}, "dtype differs: float32 and float16"),
-        ({"statistics_version": 4}, "statistics version differs: 3 and 4"),
+        ({"statistics_version": 3}, "statistics version differs: 4 and 3"),
         ({"positions": 512}, "positions differs: 0 and 512"),
         ({"skip_first": 4}, "skip_first differs: 16 and 4"),
         ({"shapes": (GQA, replace(GQA, scale=1.0))}, "layer shapes differ"),
@@ -427,7 +432,7 @@ def test_damaged_profiles_are_refused_with_one_line(tmp_path: Path) -> None:
             Profile.load(tmp_path)
 
     tensors = {"file": "statistics-0123456789abcdef.safetensors", "sha256": "0" * 64}
-    damaged("schema 2 with statistics 3; this kvcc reads schema 1", schema_version=2, novelty=1)
+    damaged("schema 2 with statistics 4; this kvcc reads schema 1", schema_version=2, novelty=1)
     damaged("schema 1 with statistics 9.*calibrate again", statistics_version=9)
     damaged("novelty: Extra inputs are not permitted", novelty=1)
     damaged("skip_first: Input should be greater than or equal to 0", skip_first=-1)
@@ -530,14 +535,34 @@ def test_samples_are_the_tokens_that_drew_least(monkeypatch: pytest.MonkeyPatch)
     for each in prompts:
         held = statistics.empty(GQA)
         draws = statistics.token_draws(each[1].shape[1], name_of(each[1]))
-        statistics._add_samples(held, draws[SKIP:], each[1][:, SKIP:], each[2][:, SKIP:])
+        body_k, body_v = each[1][:, SKIP:], each[2][:, SKIP:]
+        statistics._add_samples(held, draws[SKIP:], body_k, statistics.page_means(body_k), body_v)
         parts.append(held)
     for order in ((0, 1, 2, 3), (3, 1, 0, 2)):
         found = statistics.empty(GQA)
         for i in order:
             found = statistics.merged(found, parts[i])
-        for name in ("sample_draws", "k_sample", "v_sample"):
+        for name in ("sample_draws", "k_sample", "k_page_sample", "v_sample"):
             assert torch.equal(getattr(found, name), getattr(whole, name))
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 64, 65, 200])
+def test_means_of_pages(length: int) -> None:
+    """Of runs of 64 keys, the last of which may be shorter."""
+    k = torch.randn(2, length, 3, generator=torch.Generator().manual_seed(length)) + 7
+    expected = [part.double().mean(1, keepdim=True).expand_as(part) for part in k.split(64, 1) if length]
+    torch.testing.assert_close(statistics.page_means(k), torch.cat([k[:, :0].double(), *expected], 1))
+
+
+def test_covariance_within_pages_is_that_of_what_is_left() -> None:
+    prompts = [prompt(GQA, length, seed) for seed, length in enumerate((SKIP + 64, SKIP + 130, SKIP + 3))]
+    layer = measured(GQA, prompts)
+    profile = replace(tiny_profile([]), shapes=(GQA,), layers=(layer,))
+    parts = [part.double() for _, k, _ in prompts for part in k[:, SKIP:].split(64, 1)]
+    left = torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1)
+    torch.testing.assert_close(profile.k_page_cov(0), left.mT @ left / left.shape[1])
+    samples, around = profile.samples(0)[0], profile.page_samples(0)
+    torch.testing.assert_close((samples - around).double().var(1), left.var(1), atol=1e-5, rtol=1e-5)
 
 
 def test_few_tokens_are_all_sampled() -> None:

@@ -1,6 +1,7 @@
 """What a report shows where the data exists, and which command it names where it does not."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -190,6 +191,30 @@ def test_a_calibrated_basis_keeps_more_than_pruning_as_many_channels() -> None:
     stored = [h.k.channels for h in turned.plan.layers[0].heads]
     assert max(stored) <= 16
     assert shares[1] > shares[0] - 0.05
+
+
+def test_channels_of_which_pages_have_means_only_are_not_stored() -> None:
+    profile = tiny_profile("llama")
+    made = compiled("llama", recipe("[{transform: {bits: 1.2}}]"))
+    first = made.plan.layers[0]
+    stored = [sum(p.channels for p in head.k.planes) for head in first.heads]
+    assert {head.k.page_means for head in first.heads} == {16}
+    keys, queries = (made.tables[f"layers.0.{name}_basis"].double() for name in "kq")
+    expected = []
+    for head, count in enumerate(stored):
+        rest = torch.eye(16, dtype=torch.float64) - keys[head, :, :count] @ queries[head, :, :count].mT
+        cov, q = profile.k_cov(0)[head], profile.qq(0)[head]
+        expected.append(1 - float((q * (rest.mT @ cov @ rest)).sum() / (q * cov).sum()))
+    found = calibrated(profile, made.plan, made.tables).keys[0]
+    assert found is not None
+    assert min(stored) < 16
+    assert found.kept == pytest.approx(expected, abs=1e-4)
+    bare = tuple(h.model_copy(update={"k": replace(h.k, planes=())}) for h in first.heads)
+    plan = made.plan.model_copy(update={"layers": (first.model_copy(update={"heads": bare}),)})
+    found = calibrated(profile, plan, made.tables).keys[0]
+    assert found is not None
+    assert found.kept == (0.0, 0.0)
+    assert {share for _, share in found.ranks} == {0.0}
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,23 @@ from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.errors import PassError
 from kvcc.graph import attention_nodes, attention_spec
 from kvcc.kernels import cpu, reference, token_scales
+from kvcc.kernels.pool import PagePool
 from kvcc.passes import pass_class
 from kvcc.pipeline import run_passes
 from kvcc.profile import Profile
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
-from kvcc.transform_coding import WIDTHS, Observed, basis_of, coder, give_bits, hadamard, joint, shrunk
+from kvcc.transform_coding import (
+    WIDTHS,
+    Observed,
+    basis_of,
+    coder,
+    give_bits,
+    hadamard,
+    joint,
+    shrunk,
+    widened,
+)
 from tests.compiled import CPU, compiled, recipe, runnable, stepwise, tokens, transformers_logits
 from tests.tiny import tiny_graph
 
@@ -149,13 +160,14 @@ def model_of(profile: Profile, options: str, backend: object = reference) -> Com
         "",
         ", k_basis: dual, v_basis: hadamard",
         ", heads: shared",
+        ", page_means: false",
         ", joint_heads: 2",
         ", joint_heads: 2, k_basis: dual, v_basis: native, heads: shared",
     ],
 )
 def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
     (row,) = tokens(60)
-    (found,) = stepwise(model_of(profile, f"bits: 8.5{options}"), [row], [20, 33, 47])
+    (found,) = stepwise(model_of(profile, f"bits: 9, spread: 0{options}"), [row], [20, 33, 47])
     torch.testing.assert_close(found, transformers_logits("llama", row), atol=0.05, rtol=0.05)
 
 
@@ -171,21 +183,54 @@ def test_a_byte_less_costs_more(profile: Profile) -> None:
     assert losses[0] < losses[2] / 10
 
 
-@pytest.mark.parametrize("bits", [0.5, 1, 2.5, 6])
-@pytest.mark.parametrize("scales", ["true", "false"])
-def test_plans_keep_to_the_bits_asked_for(profile: Profile, bits: float, scales: str) -> None:
-    plan = model_of(profile, f"bits: {bits}, token_scales: {scales}").plan
+@pytest.mark.parametrize("bits", [1, 2.5, 6])
+@pytest.mark.parametrize("extras", ["true", "false"])
+def test_plans_keep_to_the_bits_asked_for(profile: Profile, bits: float, extras: str) -> None:
+    plan = model_of(profile, f"bits: {bits}, token_scales: {extras}, page_means: {extras}").plan
     # Planes of tiny heads and pages fill whole lines of 16 bytes.
     sides = [(h.k, h.v) for layer in plan.layers for h in layer.heads]
     stored = sum(p.bits * p.channels for pair in sides for side in pair for p in side.planes)
     stored += sum(4 * side.token_scales for pair in sides for side in pair)
+    stored += sum(8 * h.k.page_means // layer.page for layer in plan.layers for h in layer.heads)
     elements = sum(layer.exact_elements for layer in plan.layers)
     assert bits - 8 * 8 / elements <= stored / elements <= bits
 
 
+def test_what_keys_of_a_page_have_in_common_is_kept(profile: Profile) -> None:
+    """Even of channels that get no bits: keys of a page that differ in nothing come back."""
+    model = model_of(profile, "bits: 0.75, token_scales: false")
+    layer = model.plan.layers[0]
+    layout = layer.layout(torch.float16)
+    assert layout is not None
+    assert layer.heads[0].k.page_means == layout.k_channels == 16
+    assert sum(plane.channels for plane in layer.heads[0].k.planes) < 16
+    k, mean = (model.tables[f"layers.0.{name}"] for name in ("k_basis", "k_mean"))
+    keys = (profile.page_samples(0)[:, 0] - mean)[:, None] @ k  # [H, 1, C]
+    pool = PagePool(layout.nbytes, CPU)
+    pages = torch.tensor(pool.take(1))
+    v = torch.zeros(1, layer.kv_heads, layer.page, layout.v_channels)
+    reference.seal(layout, keys[None].expand(-1, -1, layer.page, -1), v, pool, pages)
+    back, _ = reference.unseal(layout, pool.read(pages))
+    widths = [[p.bits for p in h.k.planes for _ in range(p.channels)] for h in layer.heads]
+    steps = torch.tensor([[2.0 ** (w[c] if c < len(w) else 0) / 16 for c in range(16)] for w in widths])
+    codes_off = 0.5 * (steps * 16 > 1)  # a mean removed leaves 0, which lies between two codes
+    assert ((back[0] - keys).abs() <= (steps / 2 + codes_off)[:, None] + 1e-5).all()
+
+
+def test_too_few_bits_for_page_means(profile: Profile) -> None:
+    with pytest.raises(PassError, match=r"0\.5 bits do not hold page_means and token_scales"):
+        model_of(profile, "bits: 0.5")
+
+
 @pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 @pytest.mark.parametrize(
-    "options", ["bits: 3", "bits: 3, token_scales: false, heads: shared", "bits: 3, joint_heads: 2"]
+    "options",
+    [
+        "bits: 3",
+        "bits: 3, page_means: false",
+        "bits: 3, token_scales: false, heads: shared",
+        "bits: 3, joint_heads: 2",
+    ],
 )
 def test_captured_steps_and_kernels_agree_with_the_reference(profile: Profile, options: str) -> None:
     rows = tokens(33, 50, seed=4)
@@ -229,6 +274,23 @@ def test_fisher_needs_gradients() -> None:
     with pytest.raises(PassError, match="kvcc calibrate --gradients"):
         compiled("llama", recipe("\n  - transform: {metric: fisher}"))
     assert runnable("llama", recipe("\n  - transform: {bits: 4}")).plan.layers[0].select == "basis"
+
+
+def test_widened_statistics_have_the_variance_added_everywhere() -> None:
+    """Covariance and samples alike, by a share of the mean variance of a head."""
+    covariance, metric = moments(4)
+    root = torch.linalg.cholesky(covariance)
+    made = (
+        torch.randn(2, 20000, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) @ root.mT
+    )
+    side = Observed(made.float(), torch.zeros(2, 16).double(), covariance, metric)
+    wide = widened(side, 0.3, seed=1)
+    added = 0.3 * covariance.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None] * torch.eye(16)
+    torch.testing.assert_close(wide.covariance, covariance + added)
+    seen = (wide.samples.mT @ wide.samples / 20000).double()
+    torch.testing.assert_close(seen, wide.covariance, atol=0.1, rtol=0.05)
+    assert torch.equal(widened(side, 0.3, seed=1).samples, wide.samples)
+    assert torch.equal(widened(side, 0.0, seed=1).samples, side.samples)
 
 
 def test_shrinkage_keeps_the_trace() -> None:

@@ -27,7 +27,7 @@ QUICK = "kivi-2, head 64, 1 new, bf16"
 
 def _interpret(selection: str) -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-m", selection, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(INTERPRETED), "-n", "0", "-m", selection]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
     assert " passed" in ran.stdout

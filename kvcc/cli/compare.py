@@ -61,10 +61,10 @@ def command(
     """Measure ARTIFACTS against their model in one run: bits, KL, top-1, perplexity, retrieval, bytes, speed."""
     import json
 
+    from kvcc.atomic import write_atomically
     from kvcc.checking import CheckSize
     from kvcc.cli.check import _lengths
     from kvcc.compare import as_dict, compare, drawn
-    from kvcc.profile import write_atomically
 
     wanted = CheckSize(texts, length, context, _lengths(retrieval), retrieval_tasks, greedy_prompts=0)
     with progress(as_json) as bar:

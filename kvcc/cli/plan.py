@@ -134,7 +134,7 @@ def save(found: "Search", output: Path, recipe: Path | None, plot: Path | None) 
     """Write plan.json and what else was asked for. Raises DataError where that is not possible."""
     import json
 
-    from kvcc.profile import write_atomically
+    from kvcc.atomic import write_atomically
 
     files = {output: json.dumps(found.as_dict(), indent=2)}
     if recipe is not None:
