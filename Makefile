@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Python compiles the modules it imports; compiling all of torch and transformers up front takes longer.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint constraints.txt
 
-.PHONY: demo bench docs test test-slow lint format types ci clean
+.PHONY: fuzz demo bench docs test test-slow lint format types ci clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kvcc demo
@@ -26,7 +26,12 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 0
+
+# Artifacts changed at random, 25 to 40 a second; each must load and run, or be refused. `make fuzz FUZZ="--seed 7"`
+FUZZ ?= --mutants 100000
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz $(FUZZ)
 
 lint: $(VENV)/.installed
 	@status=0; $(BIN)/ruff check . || status=1; $(BIN)/ruff format --check . || status=1; exit $$status

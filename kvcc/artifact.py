@@ -3,26 +3,24 @@
 import contextlib
 import ctypes
 import errno
-import glob
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from kvcc._version import __version__
+from kvcc.atomic import locked, remove_abandoned, unfinished
 from kvcc.engines import engines
 from kvcc.errors import (
+    ArtifactDigest,
     ArtifactExists,
     ArtifactManifest,
     ArtifactPath,
@@ -31,23 +29,17 @@ from kvcc.errors import (
 )
 from kvcc.graph_format import graph_text, write_graph
 from kvcc.runtime import artifact as reader
-from kvcc.runtime.artifact import FileEntry, Manifest, read_artifact, read_manifest
+from kvcc.runtime.artifact import FileEntry, Manifest, read_artifact, read_manifest, verify_digests
 from kvcc.runtime.calibrated import Calibrated
 from kvcc.runtime.graph import parse_graph
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.kernel_files import KernelEntry, KernelIndex, binary_target, index_name
 from kvcc.runtime.plan import Plan
+from kvcc.runtime.signature import SIGNATURE, Signature
 from kvcc.runtime.strict_json import parse_json
 from kvcc.runtime.tensor_file import DTYPES
 
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # not POSIX: abandoned folders stay
-    fcntl = None
-
 _ALIGNMENT = 64  # of the first tensor: mapped weights then start on a cache line
-_FRESH = 60  # seconds
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _RENAME_EXCHANGE, _AT_FDCWD = 2, -100  # of Linux's renameat2
 
@@ -107,7 +99,9 @@ def write_artifact(
             passes=tuple(passes),
             licence=licence,
             runtimes=tuple(
-                name for name, reason in engines(recipe.get("passes", []), folded).items() if not reason
+                name
+                for name, reason in engines(recipe.get("passes", []), folded, plan, program).items()
+                if not reason
             ),
             folded=None if folded is None else dict(folded),
             calibration=calibration,
@@ -120,8 +114,8 @@ def write_artifact(
 def update_file(path: str | Path, name: str, data: bytes) -> None:
     """Put accuracy.json or report.html into an artifact, or replace it, and its line in the manifest.
 
-    A reader finds the old artifact or the new one. Raises ArtifactError when `path` is no artifact, `name` is
-    another file, the JSON is not an object, or the folder cannot be written.
+    A reader finds the old artifact or the new one; a signature of the old one goes. Raises ArtifactError when `path` is
+    no artifact, `name` is another file, the JSON is not an object, or the folder cannot be written.
     """
     if name not in (reader.ACCURACY, reader.REPORT):
         raise ArtifactPath(f"{name}: only {reader.ACCURACY} and {reader.REPORT} can be added to an artifact")
@@ -186,18 +180,40 @@ def check_gpu_targets(targets: Sequence[str]) -> None:
     check_can_compile()
 
 
+def put_signature(path: str | Path, sign: Callable[[bytes], Signature]) -> Signature:
+    """Put signature.json into an artifact, made by `sign` of its manifest's bytes; replaces an older one.
+
+    Every digest is checked first. Raises ArtifactError.
+    """
+    with _changed(path) as folder:
+        if problems := verify_digests(folder):
+            raise ArtifactDigest(f"{path}: {problems[0]}; an altered artifact is not signed: export it again")
+        found = sign((folder / reader.MANIFEST).read_bytes())
+        _write(folder / SIGNATURE, [f"{found.model_dump_json(indent=1)}\n".encode()])
+    return found
+
+
 def _update(path: str | Path, contents: Mapping[str, bytes], removed: Iterable[str]) -> None:
     """Put files into an artifact, or replace them, take others out, and change its manifest, all or nothing."""
     manifest = read_manifest(Path(path))
-    target = Path(os.path.realpath(path))
     gone = {*contents, *removed}
-    with _replacement(target, overwrite=True) as folder:
-        shutil.copytree(target, folder, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+    with _changed(path) as folder:
         for old in (*gone, reader.MANIFEST):  # unlink: the old folder holds the same file
             (folder / old).unlink(missing_ok=True)
         kept = {name: entry for name, entry in manifest.files.items() if name not in gone}
         new = {name: _write(folder / name, [data]) for name, data in contents.items()}
         _write_manifest(folder, manifest.model_copy(update={"files": kept | new}))
+
+
+@contextlib.contextmanager
+def _changed(path: str | Path) -> Iterator[Path]:
+    """An artifact's files, in a folder that takes its place when the block ends well; without a signature."""
+    read_manifest(Path(path))
+    target = Path(os.path.realpath(path))
+    with _replacement(target, overwrite=True) as folder:
+        shutil.copytree(target, folder, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        (folder / SIGNATURE).unlink(missing_ok=True)
+        yield folder
 
 
 def check_target(path: str | Path, *, overwrite: bool) -> Path:
@@ -293,11 +309,11 @@ def _copy_tokenizer(source: Path | None, folder: Path) -> dict[str, FileEntry]:
 @contextlib.contextmanager
 def _replacement(target: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder beside `target`, which takes its place when the block ends well, and else disappears."""
-    folder = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
-    _remove_abandoned(target)
+    folder = unfinished(target)
+    remove_abandoned(target)
     try:
         folder.mkdir()
-        with _locked(folder):
+        with locked(folder):
             yield folder
             _sync_folders(folder)
             _install(folder, target, overwrite)
@@ -306,35 +322,6 @@ def _replacement(target: Path, overwrite: bool) -> Iterator[Path]:
         raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)  # after an exchange it is the old artifact
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Mark a folder as being worked on, while this process lives; gives False when another one does that."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # taken, or a file system without locks
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
-
-
-def _remove_abandoned(target: Path) -> None:
-    """Remove what killed writers of the same target left: old folders that nobody works on."""
-    for folder in target.parent.glob(f".{glob.escape(target.name)}.????????????.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime < _FRESH:  # it may not be locked yet
-                continue
-            with _locked(folder) as free:
-                if free:
-                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unwritable(target: Path, error: OSError) -> ArtifactUnwritable:

@@ -122,6 +122,12 @@ class ArtifactUnwritable(ArtifactError):
     code = "KVCC0612"
 
 
+class ArtifactSignature(ArtifactError):
+    """The artifact is not signed, not by a trusted key, or was altered afterwards."""
+
+    code = "KVCC0613"
+
+
 class KernelUnavailable(KvccError):
     """The requested kernel backend cannot run here; the message says why."""
 

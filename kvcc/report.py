@@ -4,7 +4,7 @@
 pure. What comes from an artifact is untrusted text: the template escapes it, and unprintable characters are dropped.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -235,23 +235,32 @@ def _sides(heads: tuple[HeadPlan, ...]) -> str:
 
 
 def _stored(side: Side) -> str:
-    return " + ".join(f"{p.channels} × {p.bits} bit" for p in side.planes) or "nothing"
+    parts = [f"{p.channels} × {p.bits} bit" for p in side.planes]
+    if side.page_means:
+        parts.append(f"{side.page_means} page means")
+    return " + ".join(parts) or "nothing"
 
 
 def _head_bytes(layout: PageLayout) -> list[tuple[int, int]]:
     """Bytes of K and of V of each KV head in a page; together they are the whole page."""
-    order = [
-        (h, s, x)
-        for part in layout.parts
-        for h in range(layout.kv_heads)
-        for s, side in enumerate((part.k, part.v))
-        for x in side[h]
-    ]
-    ends = [section.codes for _, _, section in order[1:]] + [layout.nbytes]
+    order = sorted(place for part in layout.parts for place in _places(part))
+    ends = [start for start, _, _ in order[1:]] + [layout.nbytes]
     sums = [[0, 0] for _ in range(layout.kv_heads)]
-    for (head, side, section), end in zip(order, ends):
-        sums[head][side] += end - section.codes
+    for (start, head, side), end in zip(order, ends):
+        sums[head][side] += end - start
     return [(k, v) for k, v in sums]
+
+
+def _places(part: PageLayout) -> Iterator[tuple[int, int, int]]:
+    """Where planes, token scales and page means begin: byte, KV head, and 0 for K or 1 for V."""
+    for head, (start, means) in enumerate(part.k_means):
+        sides = (part.k[head], part.k_token_scales[head]), (part.v[head], part.v_token_scales[head])
+        for side, (sections, scales) in enumerate(sides):
+            yield from ((section.codes, head, side) for section in sections)
+            if scales is not None:
+                yield scales, head, side
+        if means:
+            yield start, head, 0
 
 
 def _summary(facts: Facts, measured: Measured | None) -> list[tuple[str, str, str]]:

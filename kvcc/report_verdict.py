@@ -9,6 +9,7 @@ from kvcc.errors import ArtifactError
 from kvcc.gates import GateResult
 from kvcc.layer_errors import LayerError
 from kvcc.measure import GreedyAgreement, RetrievalScore, TextAgreement
+from kvcc.runtime.strict_json import first_fault
 
 LARGEST_LOSS = 500.0  # nats per token; beyond it a perplexity overflows
 
@@ -54,7 +55,6 @@ def read_verdict(verdict: Mapping[str, Any]) -> Measured:
     try:
         return Measured.model_validate(dict(verdict))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ArtifactError(f"accuracy.json: {where}: {reason}; measure again: kvcc check --store") from error
+        raise ArtifactError(
+            f"accuracy.json: {first_fault(error)}; measure again: kvcc check --store"
+        ) from error

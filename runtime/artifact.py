@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, field_validator
 from torch import Tensor, fx
 
 from kvcc.errors import (
@@ -36,7 +36,8 @@ from kvcc.runtime.kernel_files import (
     parse_index,
 )
 from kvcc.runtime.plan import LayerPlan, Plan, parse_plan
-from kvcc.runtime.strict_json import parse_json
+from kvcc.runtime.signature import SIGNATURE, check_signature, trusted_keys
+from kvcc.runtime.strict_json import first_fault, parse_json
 from kvcc.runtime.tensor_file import Header, open_tensors, read_header
 
 SCHEMA_VERSION = 1
@@ -50,13 +51,16 @@ MAX_JSON_BYTES = {MANIFEST: 16 << 20, PLAN: 64 << 20, GRAPH: 64 << 20, KERNELS: 
 MAX_FILES = 4096
 MAX_TOKENS = 1 << 24  # of a window or page
 _FILE = re.compile(r"tokenizer/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-TOP_NAMES = {MANIFEST, PLAN, WEIGHTS, TABLES, ACCURACY, REPORT, *FOLDERS}
+TOP_NAMES = {MANIFEST, SIGNATURE, PLAN, WEIGHTS, TABLES, ACCURACY, REPORT, *FOLDERS}
 
 Verify = bool | Literal["sizes"]
 
 
 class _Data(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+_Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9 _-]{0,40}$")]
 
 
 class FileEntry(_Data):
@@ -77,11 +81,21 @@ class Manifest(_Data):
     recipe: dict[str, Any]
     passes: tuple[dict[str, Any], ...]  # the log: what each pass did
     licence: str | None
-    runtimes: tuple[str, ...]  # engines that can run it or its recipe; "torch" is this one
+    runtimes: tuple[_Name, ...]  # engines that can run it or its recipe; "torch" is this one
     # Tensors that passes changed, and the model's parameter that each replaces ("": none); older artifacts do not say.
     folded: dict[str, str] | None = None
     calibration: Calibrated | None = None  # of the profile it was compiled with
     files: dict[str, FileEntry]
+
+    @field_validator("recipe")
+    @classmethod
+    def _names_passes(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        """What reads a recipe counts on its passes, if it has any, being {name: parameters}, one after another."""
+        passes = recipe.get("passes", [])
+        named = isinstance(passes, list) and all(isinstance(p, dict) and len(p) == 1 for p in passes)
+        if not named or not all(isinstance(value, dict) for p in passes for value in p.values()):
+            raise ValueError("passes are not a list of one name with parameters each")
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -96,21 +110,35 @@ class Artifact:
     tables: Mapping[str, Tensor]
     accuracy: dict[str, Any] | None
     kernels: Mapping[str, KernelIndex] = field(default_factory=dict)  # GPU binaries carried, by target
+    signer: str | None = (
+        None  # fingerprint of the trusted key that signed it; None: no signature was asked for
+    )
 
 
-def read_artifact(path: str | Path, *, verify: Verify = True, device: torch.device | str = "cpu") -> Artifact:
+def read_artifact(
+    path: str | Path,
+    *,
+    verify: Verify = True,
+    device: torch.device | str = "cpu",
+    key: str | Path | None = None,
+) -> Artifact:
     """Open and check the artifact folder `path`; weights and tables on `device`.
 
     verify: True reads every file to check its digest, "sizes" checks sizes, False neither; structure, plan,
-    shapes and the graph are always checked. Raises an ArtifactError (one class a kind of fault),
-    KernelUnavailable for a device that is not there, CapacityError for one too small.
+    shapes and the graph are always checked. key: a PEM file of Ed25519 public keys, by default the one that
+    KVCC_TRUSTED_KEY in the environment names; one of them must have signed the manifest, and every digest is then
+    checked. Raises an ArtifactError (one class a kind of fault), DataError for an unusable key file, KernelUnavailable
+    for a device that is not there, CapacityError for one too small.
     """
     folder = Path(path)
-    manifest = read_manifest(folder)
+    trusted = trusted_keys(key)
+    data = _manifest_bytes(folder)
+    signer = None if trusted is None else check_signature(folder, data, trusted)
+    manifest = _parse_manifest(folder, data)
     _check_files(folder, manifest)
-    if verify:
+    if verify or signer:
         _check_sizes(folder, manifest)
-    if verify is True and (problems := _wrong_digests(folder, manifest)):
+    if (verify is True or signer) and (problems := _wrong_digests(folder, manifest)):
         raise ArtifactDigest(f"{folder}: {problems[0]}; the artifact was altered or damaged: get it again")
     plan = _read_plan(folder, manifest.model)
     _check_calibration(manifest, plan)
@@ -118,13 +146,16 @@ def read_artifact(path: str | Path, *, verify: Verify = True, device: torch.devi
     kernels = _read_indexes(folder, manifest)
     check_tables(read_header(folder / TABLES), plan)
     graph = parse_graph(_read_json(folder, GRAPH))
-    check_graph(graph, read_header(folder / WEIGHTS), plan, manifest.model)
+    weights_header = read_header(folder / WEIGHTS)
+    check_graph(graph, weights_header, plan, manifest.model)
+    _check_folded(manifest, weights_header)
     target = torch.device(device)
-    tables = open_tensors(folder / TABLES, target)
+    # Kernels follow these numbers, so they are copied before they are checked: the mapped file may still change.
+    tables = {name: table.clone() for name, table in open_tensors(folder / TABLES, target).items()}
     check_table_values(tables, plan)
     weights = open_tensors(folder / WEIGHTS, target)
     accuracy = _read_accuracy(folder, manifest)
-    return Artifact(folder, manifest, plan, graph, weights, tables, accuracy, kernels)
+    return Artifact(folder, manifest, plan, graph, weights, tables, accuracy, kernels, signer)
 
 
 def module(artifact: Artifact, device: torch.device | str) -> fx.GraphModule:
@@ -145,12 +176,20 @@ def verify_digests(path: str | Path) -> list[str]:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder. Raises ArtifactMissing, ArtifactPath, ArtifactVersion or ArtifactManifest."""
+    return _parse_manifest(folder, _manifest_bytes(folder))
+
+
+def _manifest_bytes(folder: Path) -> bytes:
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise ArtifactMissing(f"{folder}: {what}; an artifact is a folder that `kvcc export` wrote")
     if _kind(folder / MANIFEST) is None:
         raise ArtifactMissing(f"{folder}: has no {MANIFEST}, so it is no artifact, or an unfinished one")
-    data = _read_json(folder, MANIFEST)
+    return _read(folder, MANIFEST)
+
+
+def _parse_manifest(folder: Path, content: bytes) -> Manifest:
+    data = _parse_json(folder, MANIFEST, content)
     if not isinstance(data, dict) or "schema_version" not in data:
         raise ArtifactManifest(f"{folder / MANIFEST}: not a manifest: it states no schema_version")
     version = data["schema_version"]
@@ -162,9 +201,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = Manifest.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part)[:100] for part in first["loc"])
-        raise ArtifactManifest(f"{folder / MANIFEST}: {where}: {first['msg']}") from error
+        raise ArtifactManifest(f"{folder / MANIFEST}: {first_fault(error)}") from error
     if "torch" not in manifest.runtimes:
         raise ArtifactVersion(
             f"{folder}: made for {', '.join(manifest.runtimes) or 'no runtime'}, not for torch"
@@ -195,7 +232,7 @@ def _check_files(folder: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         if name not in found:
             raise ArtifactMissing(f"{folder / name}: missing, though the manifest lists it")
-    for name in sorted(found - set(manifest.files) - {MANIFEST}):
+    for name in sorted(found - set(manifest.files) - {MANIFEST, SIGNATURE}):
         raise ArtifactPath(f"{folder / name}: not listed in the manifest; remove it")
 
 
@@ -261,15 +298,23 @@ def _wrong_digests(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _read_json(folder: Path, name: str) -> Any:
-    path, limit = folder / name, json_limit(name)
+    return _parse_json(folder, name, _read(folder, name))
+
+
+def _parse_json(folder: Path, name: str, data: bytes) -> Any:
+    return parse_json(data, str(folder / name), ArtifactManifest, json_limit(name))
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """At most one byte more of a JSON file than may be read of it."""
+    path = folder / name
     if _kind(path) != "file":
         raise ArtifactPath(f"{path}: not a regular file; links and devices are refused")
     try:
         with path.open("rb") as file:
-            data = file.read(limit + 1)
+            return file.read(json_limit(name) + 1)
     except OSError as error:
         raise ArtifactMissing(f"{path}: {error.strerror or error}") from error
-    return parse_json(data, str(path), ArtifactManifest, limit)
 
 
 def _read_accuracy(folder: Path, manifest: Manifest) -> dict[str, Any] | None:
@@ -293,6 +338,12 @@ def _check_calibration(manifest: Manifest, plan: Plan) -> None:
         or any(found and len(found.kept) != layer.kv_heads for found, layer in zip(keys, plan.layers))
     ):
         raise ArtifactManifest(f"{MANIFEST}: calibration.keys: not of the plan's layers and KV heads")
+
+
+def _check_folded(manifest: Manifest, weights: Header) -> None:
+    for name in manifest.folded or {}:
+        if name not in weights:
+            raise ArtifactManifest(f"{MANIFEST}: folded: weights.safetensors has no tensor {name[:200]!r}")
 
 
 def _check_sources(data: Any) -> None:

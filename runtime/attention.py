@@ -7,11 +7,14 @@ axis, so a ragged batch has no padding.
 import torch
 from torch import Tensor
 
+from kvcc.errors import ArtifactGraph
 from kvcc.kernels.exact import causal_attention, merged
 from kvcc.runtime.cache import Cache, KeyBasis, LayerCache
+from kvcc.runtime.plan import LayerPlan
 from kvcc.runtime.saliency import Probes, salient_first
 
 REQUEST_QUERIES = 32  # ThinK's observation window: the last prompt queries that choose the channels
+ATTENDED = (torch.float32, torch.float16, torch.bfloat16)  # types that kernels take
 GATHERED = 4096  # tokens whose stored channels are gathered at a time while sealing
 
 
@@ -32,6 +35,7 @@ def cached_attention(
     q: [1, Hq, N, Dk], k: [1, Hkv, N, Dk], v: [1, Hkv, N, Dv], the N new tokens of all sequences in order
     (`cache.counts` of each); sinks: [Hq] attention-sink logits or None. Returns [1, N, Hq, Dv].
     """
+    check_new_tokens(cache.layers[layer].plan, layer, sum(cache.counts), q, k, v, sinks)
     one_each = all(count == 1 for count in cache.counts) and all(cache.lengths)
     if one_each:
         out, lse = _decode(cache, layer, q[0], k[0], v[0], scale, softcap)
@@ -40,6 +44,19 @@ def cached_attention(
     if sinks is not None:  # a sink logit takes its share of the softmax and gives nothing
         out = out * torch.sigmoid(lse - sinks.float())[..., None].to(out.dtype)
     return out.to(q.dtype)[None]
+
+
+def check_new_tokens(
+    plan: LayerPlan, layer: int, n: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None
+) -> None:
+    """Raise ArtifactGraph unless the tensors of `n` new tokens are the plan's: kernels trust shapes and types."""
+    heads, kv_heads = plan.q_heads, plan.kv_heads
+    shapes = (1, heads, n, plan.k_dim), (1, kv_heads, n, plan.k_dim), (1, kv_heads, n, plan.v_dim)
+    fits = (q.shape, k.shape, v.shape) == shapes and (sinks is None or sinks.shape == (heads,))
+    if not fits or not all(x.dtype in ATTENDED for x in (q, k, v)):
+        raise ArtifactGraph(
+            f"graph: layer {layer} attends with tensors of other shapes or types than the plan's"
+        )
 
 
 def _decode(

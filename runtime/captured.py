@@ -17,7 +17,7 @@ from kvcc.kernels import step
 from kvcc.kernels.linear import scratch_bytes
 from kvcc.kernels.step import Record
 from kvcc.runtime import fused
-from kvcc.runtime.attention import cached_attention, seal_full
+from kvcc.runtime.attention import cached_attention, check_new_tokens, seal_full
 from kvcc.runtime.cache import Cache
 from kvcc.runtime.fuse import CASTS, activation_name, aten, weight_of
 from kvcc.runtime.plan import LayerPlan
@@ -233,7 +233,9 @@ class _Recorder:
         target: Any = node.target
         if target is cached_attention:
             return self._attention(*args[1:], **kwargs)
-        if target in CASTS:
+        if not args or not isinstance(args[0], Tensor):  # torch takes a size for a tensor of no dimension
+            return None
+        if target in CASTS and len(args) > 1:
             to_float = not isinstance(args[1], torch.dtype) or args[1].is_floating_point
             x: Tensor = args[0]
             return x if x.is_floating_point() and to_float else None
@@ -241,8 +243,8 @@ class _Recorder:
             x, weight, eps, offset, _ = args
             out = self._like(x)
             return self._emit(step.rms_norm(x, self._wide(node.args[1], weight), eps, offset, out), out)
-        if target is aten.layer_norm.default:
-            x, shape, weight, bias, eps = (*args, None, None, 1e-5)[:5]
+        if target is aten.layer_norm.default and not kwargs:
+            x, shape, weight, bias, eps = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
             out = self._like(x)
             weight, bias = (self._wide(a, w) for a, w in zip((*node.args, None, None)[2:4], (weight, bias)))
             return self._emit(step.layer_norm(x, weight, bias, eps, out) if len(shape) == 1 else None, out)
@@ -287,6 +289,7 @@ class _Recorder:
         softcap: float,
     ) -> Tensor:
         held, heads = self.cache.layers[layer], q.shape[1]
+        check_new_tokens(held.plan, layer, self.n, q, k, v, sinks)
         if held.plan.salient:
             raise NotCapturable(
                 f"layer {layer}: which tokens are salient is seen from queries when a page is sealed"
@@ -298,6 +301,8 @@ class _Recorder:
             q_pages = torch.empty(self.n, heads, held.layout.k_channels)
             bias = torch.empty(self.n, heads)
         sinks = None if sinks is None else sinks.float()
+        if sinks is not None and not sinks.is_contiguous():
+            raise NotCapturable(f"layer {layer}: attention-sink logits do not lie in a row")
         if any(x.stride(-1) != 1 or x.dtype != torch.float32 for x in (q, k, v)):
             raise NotCapturable(f"layer {layer}: queries, keys or values do not lie in rows of float32")
         self._append(
@@ -312,7 +317,7 @@ class _Recorder:
         target: Any = node.target
         try:
             found = target(*args, **kwargs)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
             raise NotCapturable(f"{target} does not run on float32 activations: {error}") from error
         if isinstance(found, Tensor):
             if self._shares(found, node):
@@ -387,8 +392,8 @@ class _Recorder:
             self.free[len(data)].append(data)
 
     def _wide(self, node: Any, weight: Tensor | None) -> Tensor | None:
-        """A weight as float32, made once."""
-        if weight is None or weight.dtype == torch.float32:
+        """A weight as float32, made once; one that depends on the step's tokens stays as it is."""
+        if weight is None or weight.dtype == torch.float32 or node in self.dynamic:
             return weight
         return self.widened.setdefault(node, weight.float())
 

@@ -31,7 +31,9 @@ def fuse(module: fx.GraphModule, weights: WeightType | None = None) -> fx.GraphM
     """Rewrite `module` in place; `weights` says how its linear layers store their weights (None: as they are)."""
     for rewrite in (_rms_norm, _rotate, _gate):
         for node in list(module.graph.nodes):
-            if node.op == "call_function":
+            if (
+                node.op == "call_function" and not node.kwargs
+            ):  # arguments by name change what a chain computes
                 rewrite(node)
     module.graph.eliminate_dead_code()
     for index, node in enumerate(module.graph.find_nodes(op="call_function", target=aten.linear.default)):
@@ -68,7 +70,7 @@ def _rms_norm(root: Any) -> None:
         return
     found = _mean_square(root.args[0])
     end = next(iter(root.users))
-    if found is None or end.target is not aten.mul.Tensor or set(end.args) != {found[0], root}:
+    if found is None or not _calls(end, aten.mul.Tensor) or set(end.args) != {found[0], root}:
         return
     wide, eps = found
     x = _uncast(wide)
@@ -76,9 +78,9 @@ def _rms_norm(root: Any) -> None:
     weight, offset = None, 0
     while len(end.users) == 1:
         user = next(iter(end.users))
-        if user.target in CASTS and user.args[0] is end:
+        if _is_cast(user) and user.args[0] is end:
             dtype = user.args[1] if isinstance(user.args[1], torch.dtype) else None
-        elif user.target is aten.mul.Tensor and weight is None and (scale := _scale(_other(user, end))):
+        elif _calls(user, aten.mul.Tensor) and weight is None and (scale := _scale(_other(user, end))):
             weight, offset = scale
         else:
             break
@@ -104,7 +106,7 @@ def _scale(node: Any) -> tuple[Any, int] | None:
     node, offset = _uncast(node), 0
     if _calls(node, aten.add.Tensor) and node.args[1] == 1:
         node, offset = _uncast(node.args[0]), 1
-    return (node, offset) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+    return (node, offset) if _is_weight(node) else None
 
 
 def _rotate(end: Any) -> None:
@@ -114,7 +116,7 @@ def _rotate(end: Any) -> None:
     for plain, turned in (end.args, end.args[::-1]):
         for x, cos in (plain.args, plain.args[::-1]):
             for halves, sin in (turned.args, turned.args[::-1]):
-                if _is_half_turn(halves, x):
+                if _is_half_turn(halves, x) and isinstance(cos, fx.Node) and isinstance(sin, fx.Node):
                     replace(end, fused.rotate, (x, cos, sin))
                     return
 
@@ -147,33 +149,58 @@ def activation_name(node: Any) -> Activation | None:
     """The name of the activation that `node` computes, None when it is another operator."""
     if not isinstance(node, fx.Node) or node.op != "call_function" or node.target not in ACTIVATIONS:
         return None
+    if len(node.args) != 1 or not set(node.kwargs) <= {"approximate"}:
+        return None
     name = ACTIVATIONS[node.target]
     approximate = node.kwargs.get("approximate", "none")
     return "gelu_tanh" if approximate == "tanh" else name
 
 
 def _linear(module: fx.GraphModule, node: Any, name: str, weights: WeightType | None) -> None:
+    if node.kwargs or len(node.args) < 2:
+        return
     x, weight, bias = (*node.args, None)[:3]
-    if weight.op != "get_attr" or (bias is not None and bias.op != "get_attr"):
+    if not _is_weight(weight) or (bias is not None and not _is_weight(bias)):
         return
-    tensor = weight_of(module, weight)
+    tensor, offset = weight_of(module, weight), None if bias is None else weight_of(module, bias)
     kind = weights or STORED.get(tensor.dtype)
-    if tensor.device.type != "cpu" or kind is None:
+    if tensor.device.type != "cpu" or kind is None or not _fits(tensor, offset):
         return
-    layer = fused.Linear(pack(tensor, kind), None if bias is None else weight_of(module, bias))
+    layer = fused.Linear(pack(tensor, kind), offset)
     module.add_submodule(name, layer)
     with node.graph.inserting_before(node):
         new = node.graph.call_module(name, (x,))
     node.replace_all_uses_with(new)
 
 
+def _is_weight(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def _fits(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are a linear layer's weight [rows, cols] and bias [rows], which C code will read as such."""
+    floats = weight.is_floating_point() and (bias is None or bias.is_floating_point())
+    return (
+        floats
+        and weight.dim() == 2
+        and weight.numel() > 0
+        and (bias is None or bias.shape == weight.shape[:1])
+    )
+
+
 def _calls(node: Any, target: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+    """Whether `node` calls `target` with no argument by name."""
+    called = isinstance(node, fx.Node) and node.op == "call_function" and node.target is target
+    return called and not node.kwargs
+
+
+def _is_cast(node: Any) -> bool:
+    called = isinstance(node, fx.Node) and node.op == "call_function" and node.target in CASTS
+    return called and len(node.args) > 1
 
 
 def _uncast(node: Any) -> Any:
-    casts = isinstance(node, fx.Node) and node.op == "call_function" and node.target in CASTS
-    return node.args[0] if casts else node
+    return node.args[0] if _is_cast(node) else node
 
 
 def _other(node: Any, one: Any) -> Any:

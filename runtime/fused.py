@@ -70,7 +70,7 @@ def gate(g: Tensor, up: Tensor | None, activation: Activation) -> Tensor:
 
 
 def _compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _kernels()
+    return isinstance(x, Tensor) and x.device.type == "cpu" and x.dtype == torch.float32 and _kernels()
 
 
 @cache

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kvcc.errors import ArtifactManifest
+from kvcc.runtime.strict_json import first_fault
 
 _TARGET = r"(sm_[0-9]{2,3}|gfx[0-9a-f]{3,4})"
 _INDEX = re.compile(rf"kernels/{_TARGET}\.json")
@@ -74,9 +75,7 @@ def parse_index(data: Any, name: str) -> KernelIndex:
     try:
         index = KernelIndex.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part)[:100] for part in first["loc"])
-        raise ArtifactManifest(f"{name}: {where}: {first['msg']}") from error
+        raise ArtifactManifest(f"{name}: {first_fault(error)}") from error
     if index_name(index.target) != name:
         raise ArtifactManifest(f"{name}: says that it is for {index.target[:40]!r}")
     return index

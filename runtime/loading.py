@@ -23,6 +23,7 @@ def load(
     weights: WeightType | None = None,
     verify: bool | Literal["sizes"] = True,
     precompiled: bool = False,
+    key: str | Path | None = None,
 ) -> CompiledModel:
     """A compiled model from an artifact folder.
 
@@ -30,15 +31,17 @@ def load(
     layers as bfloat16 or int8 instead, on the CPU: decoding reads fewer bytes, at some accuracy; a prompt's tokens then
     attend to each other in bfloat16, where the processor multiplies matrices of it. `verify` checks every
     file's digest (True), or sizes and structure only ("sizes"). `precompiled` allows the GPU kernels that the artifact
-    carries to be used: they are code, so say it of makers you trust only; else kernels are compiled here. Raises
-    ArtifactError for what is malformed, altered or not understood, KernelUnavailable when `backend` cannot run here.
+    carries to be used: they are code, so say it of makers you trust only; else kernels are compiled here. `key`, a PEM
+    file of Ed25519 public keys (by default the one that KVCC_TRUSTED_KEY in the environment names), refuses what none
+    of them signed, and has every digest checked. Raises ArtifactError for what is malformed, altered or not understood,
+    KernelUnavailable when `backend` cannot run here, DataError for an unusable key file.
     """
     target = torch.device(device)
     if weights is not None and target.type != "cpu":
         raise KernelUnavailable(
             f"weights can be stored as {weights} on the CPU only, not on {target}; leave it out"
         )
-    artifact = read_artifact(Path(path), verify=verify, device=target)
+    artifact = read_artifact(Path(path), verify=verify, device=target, key=key)
     kernels = kernel_backend(backend, target)
     for index, layout in enumerate(artifact.plan.layouts()):
         reason = layout and kernels.supports(layout, artifact.plan.exact, target)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from kvcc.errors import CapacityError, DataError
+from kvcc.errors import ArtifactGraph, CapacityError, DataError
 from kvcc.kernels.protocol import Backend
 from kvcc.runtime.cache import Cache, KeptChannels, KeyBasis, kept_channels
 from kvcc.runtime.captured import CapturedStep, NotCapturable, capture
@@ -73,7 +73,9 @@ class CompiledModel:
         [B, V] (rows without new tokens are left out), or with `every` of all new tokens, sequence after sequence
         [N, V]. With `chunk`, at most that many tokens of a sequence go through the model at once: later chunks then
         attend to pages that earlier ones sealed, so logits differ a little from those of an exact prefill.
-        Raises CapacityError when the context or the memory does not suffice; the cache is then unchanged.
+        Raises CapacityError when the context or the memory does not suffice; the cache is then unchanged. Raises
+        ArtifactGraph when the artifact's graph fails, which only one that kvcc did not write does; the cache is then
+        to be thrown away.
         """
         self._check(tokens, cache)
         longest = max(map(len, tokens), default=0)
@@ -93,8 +95,20 @@ class CompiledModel:
         return torch.cat([piece for row in pieces for piece in row])
 
     def _step(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool) -> Tensor:
-        counts = [len(t) for t in tokens]
-        cache.begin(counts)
+        cache.begin([len(t) for t in tokens])
+        try:
+            return self._run(tokens, cache, every)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise CapacityError(f"{self.identity.name}: no memory on {self.device} for this step") from error
+        except (RuntimeError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+            # Shapes were checked when the graph was loaded; an index out of range shows only now.
+            reason = (str(error).strip().splitlines() or [""])[0]
+            if "allocate memory" in reason:  # torch's words on the CPU
+                raise CapacityError(f"{self.identity.name}: {reason[:200]}") from error
+            raise ArtifactGraph(f"graph: fails on these tokens: {reason[:200]}") from error
+
+    def _run(self, tokens: Sequence[Sequence[int]], cache: Cache, every: bool) -> Tensor:
+        counts = cache.counts
         if set(counts) == {1} and all(cache.lengths) and (captured := self._captured(cache)):
             last = captured.run([row[0] for row in tokens], cache)
             cache.commit()

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from kvcc.errors import PlanError
 from kvcc.kernels.layout import PageLayout, Plane, Side, joined, page_layout
 from kvcc.runtime.identity import DType
+from kvcc.runtime.strict_json import first_fault
 
 __all__ = ["HeadPlan", "LayerPlan", "Plan", "Plane", "Side", "parse_plan"]
 
@@ -65,6 +66,8 @@ class LayerPlan(_Data):
             raise ValueError("give either a page (tokens) or a sliding window (tokens), and 0 for the other")
         if self.window and (self.sinks or self.recent):
             raise ValueError("a sliding-window layer has neither sinks nor a recent window of its own")
+        if self.window and (self.select != "all" or self.mean_correction or self.heads):
+            raise ValueError("a sliding-window layer has no pages, so nothing may say what they store")
         if self.page and len(self.heads) != self.kv_heads:
             raise ValueError(f"{len(self.heads)} head plans for {self.kv_heads} KV heads")
         if len(self.salient_heads) != (self.kv_heads if self.salient else 0) or self.salient > max(
@@ -225,8 +228,6 @@ def parse_plan(data: Any) -> Plan:
     try:
         plan = Plan.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise PlanError(f"plan: {where}: {first['msg'].removeprefix('Value error, ')}") from error
+        raise PlanError(f"plan: {first_fault(error)}") from error
     plan.layouts()
     return plan

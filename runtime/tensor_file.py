@@ -1,6 +1,7 @@
 """safetensors files nobody vouches for: a header checked by our own rules, then tensors mapped."""
 
 import os
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from kvcc.runtime.strict_json import parse_json
 
 MAX_HEADER_BYTES = 64 << 20
 MAX_NAME = 512  # characters
+MAX_DIMENSIONS = 16
+MAX_ELEMENTS = (
+    1 << 59
+)  # sizes of 0 counted as 1: torch multiplies the others for strides, in 64 bits of bytes
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -48,11 +53,13 @@ def read_header(path: Path) -> Header:
     header, spans = {}, []
     for key, entry in data.items():
         header[key], span = _entry(name, key, entry)
-        spans.append(span)
+        spans.append((*span, key))
     at = 0
-    for first, last in sorted(spans):
+    for first, last, key in sorted(spans):
         if first != at:  # bytes that belong to no tensor, or to two, could be another file's
             raise ArtifactTensor(f"{name}: tensors leave a hole, or overlap, at byte {at:,} of the data")
+        if (8 + length + first) % header[key][0].itemsize:  # torch and the kernels read whole elements
+            raise ArtifactTensor(f"{name}: tensor {key} does not begin at a multiple of its elements' size")
         at = last
     if at != total - 8 - length:
         raise ArtifactTensor(f"{name}: {total - 8 - length:,} bytes of data; its tensors have {at:,}")
@@ -73,11 +80,11 @@ def _entry(file: str, name: str, entry: Any) -> tuple[tuple[torch.dtype, tuple[i
     for what, numbers in (("shape", shape), ("data_offsets", span)):
         if not isinstance(numbers, list) or not all(type(n) is int and n >= 0 for n in numbers):
             raise ArtifactTensor(f"{where}: {what} is not a list of whole numbers")
-    nbytes = DTYPES[dtype].itemsize
-    for size in shape:
-        nbytes *= size
-    if len(span) != 2 or span[1] - span[0] != nbytes or len(shape) > 16:
-        raise ArtifactTensor(f"{where}: shape {shape[:16]} of {dtype} takes {nbytes:,} bytes, not {span[:2]}")
+    if len(shape) > MAX_DIMENSIONS or prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise ArtifactTensor(f"{where}: shape {shape[:4]}… is beyond {MAX_DIMENSIONS} dimensions or 64 bits")
+    nbytes = DTYPES[dtype].itemsize * prod(shape)
+    if len(span) != 2 or span[1] - span[0] != nbytes:
+        raise ArtifactTensor(f"{where}: shape {shape} of {dtype} takes {nbytes:,} bytes, not {span[:2]}")
     return (DTYPES[dtype], tuple(shape)), (span[0], span[1])
 
 
@@ -88,7 +95,7 @@ def open_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
     """
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise CapacityError(f"{path.name} does not fit on {device}: {error}") from error
     except safetensors.SafetensorError as error:
@@ -97,3 +104,7 @@ def open_tensors(path: Path, device: torch.device) -> dict[str, Tensor]:
         raise ArtifactMissing(f"{path}: {error.strerror or error}") from error
     except (RuntimeError, AssertionError) as error:  # torch without that device raises either
         raise KernelUnavailable(f"device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
+            raise ArtifactTensor(f"{path.name}: tensor {name}: a truth value is neither 0 nor 1")
+    return tensors

@@ -1,7 +1,8 @@
 """Text to tokens and back, and chat templates, from an artifact's tokenizer folder; without transformers."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +14,18 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kvcc.errors import ArtifactError
+from kvcc.runtime.strict_json import parse_json
 
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_SETTINGS_BYTES = 1 << 20  # of settings, and of a chat template
+MAX_RESULT = 1 << 20  # of what one operator in a chat template makes
+_TEMPLATE_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt"}
+_GENERATION: dict[str, tuple[type, ...]] = {
+    "do_sample": (bool,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+}
 _BROKEN = "\ufffd"  # what a decoder gives for bytes that are no whole character
 
 
@@ -34,17 +46,12 @@ class Tokenizer:
         Raises ArtifactError when a file is missing or malformed.
         """
         folder = Path(folder)
-        try:
-            backend = tokenizers.Tokenizer.from_str(_read(folder / "tokenizer.json"))
-        except ArtifactError:
-            raise
-        except Exception as error:  # the tokenizers library raises bare Exception
-            raise ArtifactError(f"{folder / 'tokenizer.json'}: not a tokenizer: {error}") from error
+        backend = _backend(folder / "tokenizer.json")
         settings = _settings(folder / "tokenizer_settings.json")
         path = folder / "chat_template.jinja"
         return cls(
             backend=backend,
-            template=_compile(_read(path), path) if path.exists() else None,
+            template=_compile(_text(_read(path), path), path) if path.exists() else None,
             special_tokens=settings["special_tokens"],
             eos_token_ids=tuple(settings["eos_token_ids"]),
             generation=settings["generation"],
@@ -53,13 +60,16 @@ class Tokenizer:
     def encode(self, text: str, special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. special_tokens: with what the tokenizer adds by itself (a BOS, for some).
 
-        Text that `chat` made already has its special tokens: give False.
+        Text that `chat` made already has its special tokens: give False. Raises ArtifactError for a tokenizer that
+        fails on the text, such as one without a token for what it does not know.
         """
-        return list(self.backend.encode(text, add_special_tokens=special_tokens).ids)
+        with _refusing("the tokenizer fails on this text"):
+            return list(self.backend.encode(text, add_special_tokens=special_tokens).ids)
 
     def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
         """Text of `ids`, without special tokens unless asked. Bytes that are no character become U+FFFD."""
-        return str(self.backend.decode(list(ids), skip_special_tokens=not special_tokens))
+        with _refusing("the tokenizer fails on these tokens"):
+            return str(self.backend.decode(list(ids), skip_special_tokens=not special_tokens))
 
     @property
     def has_chat_template(self) -> bool:
@@ -126,30 +136,63 @@ class DecodeStream:
         return piece
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, limit: int = MAX_SETTINGS_BYTES) -> bytes:
     try:
-        return path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise ArtifactError(f"{path}: {error.strerror or error}") from error
+    if len(data) > limit:
+        raise ArtifactError(f"{path}: more than {limit:,} bytes")
+    return data
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: not UTF-8 text") from error
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _backend(path: Path) -> tokenizers.Tokenizer:
+    text = _text(_read(path, MAX_TOKENIZER_BYTES), path)
+    with _refusing(f"{path}: not a tokenizer"):
+        backend = tokenizers.Tokenizer.from_str(text)
+    backend.no_truncation()  # prompts stay whole, and as long as they are, whatever the file was saved with
+    backend.no_padding()
+    return backend
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Make what the tokenizers library raises an ArtifactError: bare Exception, and for what panics not even that."""
     try:
-        settings = json.loads(_read(path))
-    except ValueError as error:
-        raise ArtifactError(f"{path}: not JSON: {error}") from error
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError, TypeError, UnicodeError, OverflowError):
+        raise  # the caller's
+    except BaseException as error:
+        reason = " ".join(str(error).split())
+        raise ArtifactError(f"{what}: {reason[:200]}") from error
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    settings = parse_json(_read(path), str(path), ArtifactError, MAX_SETTINGS_BYTES)
     wanted: dict[str, type] = {"special_tokens": dict, "eos_token_ids": list, "generation": dict}
     if not isinstance(settings, dict) or set(settings) != set(wanted):
         raise ArtifactError(f"{path}: expected the keys {', '.join(wanted)}")
     for key, kind in wanted.items():
         if not isinstance(settings[key], kind):
             raise ArtifactError(f"{path}: {key} is not a {kind.__name__}")
-    if not all(isinstance(text, str) for text in settings["special_tokens"].values()):
-        raise ArtifactError(f"{path}: special_tokens holds something that is not text")
+    for name, text in settings["special_tokens"].items():
+        if not isinstance(text, str) or name in _TEMPLATE_ARGUMENTS:
+            raise ArtifactError(
+                f"{path}: special_tokens: {name[:40]!r} is not a name of a token, or not text"
+            )
     if not all(type(token) is int and token >= 0 for token in settings["eos_token_ids"]):
         raise ArtifactError(f"{path}: eos_token_ids holds something that is not a token id")
+    for name, value in settings["generation"].items():
+        if name not in _GENERATION or type(value) not in _GENERATION[name]:
+            raise ArtifactError(f"{path}: generation: {name[:40]!r} is unknown, or of another type")
     return settings
 
 
@@ -168,9 +211,16 @@ class _Generation(jinja2.ext.Extension):
 
 
 def _compile(source: str, path: Path) -> jinja2.Template:
-    """A chat template, in a sandbox: it comes from whoever made the model."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    """A chat template, in a sandbox: it comes from whoever made the model.
+
+    Compiling computes nothing that stands in it, so that loading takes no longer than reading does.
+    """
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        optimized=False,  # else constant expressions are evaluated …
+        finalize=_as_is,  # … and those in output even so, unless what prints them needs the context
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
@@ -179,6 +229,39 @@ def _compile(source: str, path: Path) -> jinja2.Template:
         return environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise ArtifactError(f"{path}: line {error.lineno}: {error.message}") from error
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        LookupError,
+        ArithmeticError,
+        RuntimeError,
+        MemoryError,
+    ) as error:
+        # Beyond what jinja2 checks: numbers of thousands of digits, or more nested blocks than Python compiles.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ArtifactError(f"{path}: cannot be compiled: {reason[:200]}") from error
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's, with bounds on the two operators that make much out of little."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """Raises TemplateError for a power, or a repeated text or list, beyond MAX_RESULT."""
+        if operator == "**" and (abs(left) > MAX_RESULT or abs(right) > 64):
+            raise jinja2.TemplateError("a power of large numbers")
+        for one, other in ((left, right), (right, left)):
+            many = isinstance(one, (str, bytes, list, tuple)) and isinstance(other, int)
+            if many and len(one) * other > MAX_RESULT:
+                raise jinja2.TemplateError("a text or list repeated very often")
+        return super().call_binop(context, operator, left, right)
+
+
+@jinja2.pass_context
+def _as_is(context: jinja2.runtime.Context, value: Any) -> Any:
+    return value
 
 
 def _to_json(

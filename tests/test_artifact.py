@@ -241,6 +241,7 @@ def _header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         header = json.loads(data[8 : 8 + length])
         change(header)
         text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
     return _bytes("weights.safetensors", edit)
@@ -283,6 +284,11 @@ MALFORMED: dict[str, tuple[Spoil, type[ArtifactError], str]] = {
     ),
     "manifest field": (_manifest(model={}), errors.ArtifactManifest, "model"),
     "manifest extra": (_manifest(code="x"), errors.ArtifactManifest, "code"),
+    "passes a text": (_manifest(recipe={"passes": "fp8"}), errors.ArtifactManifest, "recipe: .*one name"),
+    "passes of nothing": (_manifest(recipe={"passes": [{"int8": None}]}), errors.ArtifactManifest, "recipe"),
+    "folded, not there": (_manifest(folded={"x": ""}), errors.ArtifactManifest, "no tensor 'x'"),
+    "field of two lines": (_manifest(**{"x\ny": 1}), errors.ArtifactManifest, "x\ufffdy: Extra"),
+    "runtime of two lines": (_manifest(runtimes=["x\ny"]), errors.ArtifactManifest, "runtimes"),
     "manifest digest": (
         _json("manifest.json", lambda d: d["files"]["plan.json"].update(sha256="no")),
         errors.ArtifactManifest,
@@ -352,10 +358,30 @@ MALFORMED: dict[str, tuple[Spoil, type[ArtifactError], str]] = {
         errors.ArtifactPlan,
         "beyond",
     ),
+    "plan of a basis without pages": (
+        _json(
+            "plan.json",
+            lambda d: d["layers"][0].update(
+                window=8, page=0, sinks=0, recent=0, heads=[], select="basis", mean_correction=False
+            ),
+        ),
+        errors.ArtifactPlan,
+        "no pages",
+    ),
     "plan of uneven groups": (
         _json("plan.json", lambda d: d["layers"][0]["heads"][0]["v"].update(group_size=7)),
         errors.ArtifactPlan,
         "group",
+    ),
+    "plan of means with scales": (
+        _json("plan.json", lambda d: d["layers"][0]["heads"][0]["k"].update(page_means=4)),
+        errors.ArtifactPlan,
+        "layer 0: KV head 0, K: page_means 4",
+    ),
+    "plan of means of V": (
+        _json("plan.json", lambda d: d["layers"][1]["heads"][1]["v"].update(steps="unit", page_means=4)),
+        errors.ArtifactPlan,
+        "KV head 1, V: ",
     ),
     "plan of other width": (
         _json("plan.json", lambda d: d["layers"][0].update(k_dim=32)),
@@ -392,6 +418,26 @@ MALFORMED: dict[str, tuple[Spoil, type[ArtifactError], str]] = {
     ),
     "overlap": (_header(lambda h: h.update(copy=dict(_first(h)))), errors.ArtifactTensor, "overlap"),
     "hole": (_header(lambda h: h.pop(next(iter(h)))), errors.ArtifactTensor, "hole|bytes of data"),
+    "misaligned": (
+        _bytes(
+            "weights.safetensors",
+            lambda b: (int.from_bytes(b[:8], "little") + 1).to_bytes(8, "little") + b[8:9] + b" " + b[9:],
+        ),
+        errors.ArtifactTensor,
+        "multiple of its elements",
+    ),
+    "very many dimensions": (
+        _header(lambda h: _first(h).update(shape=[1 << 62] * 200_000)),
+        errors.ArtifactTensor,
+        "beyond 16 dimensions",
+    ),
+    "empty, yet beyond 64 bits": (
+        _header(
+            lambda h: h.update(more={"dtype": "F32", "shape": [0, 1 << 62, 1 << 62], "data_offsets": [0, 0]})
+        ),
+        errors.ArtifactTensor,
+        "64 bits",
+    ),
     "bytes after": (
         _bytes("weights.safetensors", lambda b: b + b"PK"),
         errors.ArtifactTensor,
@@ -440,7 +486,65 @@ def test_every_class_has_its_own_code_and_test() -> None:
     family = ArtifactError.__subclasses__()
     assert len({cls.code for cls in family}) == len(family)
     tested = {error for _, error, _ in MALFORMED.values()} | {ArtifactExists, ArtifactUnwritable}
+    tested |= {errors.ArtifactSignature}  # by test_signing.py
     assert set(family) == tested
+
+
+@pytest.fixture(scope="module")
+def with_means(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _write(tmp_path_factory.mktemp("means") / "a.kvcc", "[{transform: {bits: 3}}]")
+
+
+@pytest.mark.parametrize(
+    ("side", "means", "message"),
+    [
+        ("k", -1, "layer 0: KV head 0, K: page_means -1"),
+        ("k", -(1 << 63), "layer 0: KV head 0, K: page_means -9"),
+        ("k", 17, "layers.0: KV head 0 stores 17 K"),
+        ("k", (1 << 63) - 1, "layers.0: KV head 0 stores 9223372036854775807 K"),
+        ("k", 1 << 63, "out of range"),
+        ("k", 0.5, "page_means"),
+        ("k", None, "page_means"),
+        ("v", 1, "KV head 0, V: page_means are for K"),
+        ("v", -1, "KV head 0, V: page_means -1"),
+    ],
+)
+def test_page_means_that_no_page_has(
+    side: str, means: Any, message: str, with_means: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(with_means, tmp_path / "a.kvcc"))
+    _json("plan.json", lambda d: d["layers"][0]["heads"][0][side].update(page_means=means))(path)
+    with pytest.raises(ArtifactError, match=message) as caught:
+        load(path, backend="reference")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("means", range(17))
+def test_any_other_number_of_page_means_runs(means: int, with_means: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(with_means, tmp_path / "a.kvcc"))
+    _json("plan.json", lambda d: d["layers"][0]["heads"][0]["k"].update(page_means=means))(path)
+    model = load(path, backend="reference")
+    prompts = tokens(40)
+    assert model.forward(prompts, model.new_cache(1)).isfinite().all()
+
+
+def test_tables_are_as_wide_as_the_most_page_means(with_means: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(with_means, tmp_path / "a.kvcc"))
+
+    def bare(plan: dict[str, Any]) -> None:
+        for head in plan["layers"][0]["heads"]:
+            head["k"].update(planes=[], token_scales=False, page_means=12)
+
+    _json("plan.json", bare)(path)
+    with pytest.raises(errors.ArtifactTensor, match=r"layers\.0\.k_basis"):
+        read_artifact(path)
+    _tables(
+        lambda t: t.update(
+            {name: t[name][..., :12].contiguous() for name in ("layers.0.k_basis", "layers.0.q_basis")}
+        )
+    )(path)
+    model = load(path, backend="reference")
+    assert model.forward(tokens(40), model.new_cache(1)).isfinite().all()
 
 
 def test_levels_of_verification(artifact: Path) -> None:

@@ -258,6 +258,55 @@ MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], Any], type[ArtifactError],
     "memory": (_call("aten.zeros.default", [1 << 40]), ArtifactGraph, "elements"),
     "memory by repetition": (_call("aten.repeat.default", TOKENS, [1 << 30, 9]), ArtifactGraph, "elements"),
     "memory by doubling": (_chain("aten.cat.default", 40, "@@"), ArtifactGraph, "elements"),
+    "memory of a constant": (_call("aten.zeros.default", [1 << 21]), ArtifactGraph, "elements"),
+    "memory of many values": (
+        lambda data: (
+            _call("aten.cat.default", [{"ref": f"big{i}"} for i in range(9)])(data),
+            data["nodes"].__setitem__(
+                slice(0, 0),
+                [
+                    {"name": f"big{i}", "op": "aten.ones.default", "args": [[1 << 18]], "kwargs": {}}
+                    for i in range(9)
+                ],
+            ),
+        ),
+        ArtifactGraph,
+        "at once",
+    ),
+    "memory inside a product": (
+        lambda data: (
+            _call("aten.einsum.default", "a,b,c->", [{"ref": "row"}, {"ref": "row"}, {"ref": "row"}])(data),
+            data["nodes"].insert(
+                0, {"name": "row", "op": "aten.ones.default", "args": [[1 << 15]], "kwargs": {}}
+            ),
+        ),
+        ArtifactGraph,
+        "in between",
+    ),
+    "memory inside a broadcast product": (
+        lambda data: (
+            _call("aten.matmul.default", {"ref": "one"}, {"ref": "other"})(data),
+            data["nodes"].__setitem__(
+                slice(0, 0),
+                [
+                    {"name": name, "op": "aten.ones.default", "args": [shape], "kwargs": {}}
+                    for name, shape in (("one", [900, 1, 1, 900]), ("other", [900, 900, 1]))
+                ],
+            ),
+        ),
+        ArtifactGraph,
+        "in between",
+    ),
+    "one number of tokens": (
+        lambda data: (_call("aten.narrow.default", TOKENS, 1, 0, 4093)(data),),
+        ArtifactGraph,
+        "do not fit",
+    ),
+    "processor fault": (
+        lambda data: (_call("aten.div.Tensor_mode", TOKENS, -1, rounding_mode="trunc")(data),),
+        ArtifactGraph,
+        "whole numbers",
+    ),
     "memory overflow": (_call("aten.zeros.default", [1 << 40, 1 << 40]), ArtifactGraph, "fit|elements"),
     "cubic in tokens": (
         lambda data: (

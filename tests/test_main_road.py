@@ -13,6 +13,7 @@ import transformers
 
 from kvcc.cli import main
 from tests.saved import CONTEXT, save_tiny_llama
+from tests.test_signing import write_keys
 
 Call = Callable[..., tuple[int, str, str]]
 RECIPE = """\
@@ -128,10 +129,14 @@ def test_check_gates_decide_the_exit_status(call: Call, model: Path, made: Path,
     gates.write_text(
         "kl: 5\ntop1: 0.0\nbytes_per_token_max: 1e6\nneedle_drop_points: 100\ngreedy_agreement: 0\n"
     )
+    key = write_keys(tmp_path, "ours")[0]
+    assert call("sign", artifact, "--key", key)[0] == 0
     report, summary = tmp_path / "junit.xml", tmp_path / "summary.md"
     arguments = ["check", artifact, "--against", model, *CHECK, "--gates", gates, "--junit", report]
     status, shown, error = call(*arguments, "--markdown", summary, "--store")
     assert status == 0, error
+    assert "sign it again" in error
+    assert not (artifact / "signature.json").exists()
     assert "gates" in shown
     assert "all gates hold" in summary.read_text()
     suite = ElementTree.fromstring(report.read_text())

@@ -71,6 +71,13 @@ def plan(*layers: LayerPlan) -> Plan:
     return Plan(dtype="float32", layers=layers)
 
 
+def mean_head(means: int, *k_planes: tuple[int, int]) -> HeadPlan:
+    """A KV head of unit steps with page means of K; planes are (bits, channels)."""
+    planes = tuple(Plane(bits, channels) for bits, channels in k_planes)
+    k = Side(planes, "tokens", steps="unit", token_scales=bool(planes), page_means=means)
+    return HeadPlan(k=k, v=Side((Plane(2, 64),), "channels", steps="unit", token_scales=True))
+
+
 PLANS = {
     "thirty layers": plan(
         *(layer(head(((4, 40),)), head(((8, 8), (4, 24))), head(((2, 40),), 2)) for _ in range(30))
@@ -79,6 +86,7 @@ PLANS = {
     "sliding windows only": plan(ring(), ring(4096)),
     "alternating": plan(ring(), layer(head(((4, 40),)), head(((3, 40),)), head(((4, 40),))), ring()),
     "a head without K": plan(layer(head(()), head(((16, 8), (2, 56))), select="static")),
+    "page means": plan(layer(mean_head(64), mean_head(40, (4, 8), (2, 24)), head(((4, 40),)))),
     "different head counts": plan(layer(head(((4, 40),))), layer(head(((4, 40),)), head(((2, 16),)))),
 }
 
@@ -333,6 +341,17 @@ def test_bits_of_one_head_by_hand() -> None:
     assert found["k_bits"] == pytest.approx(4.5 * 40 / 64)
     assert found["v_bits"] == pytest.approx(4.5)
     assert facts["smaller_from_tokens"] == plan(layer(head(((4, 40),)))).break_even()
+
+
+def test_page_means_count_as_k() -> None:
+    """A byte a page and channel, in whole runs of 16; token scales are 32 bytes a page of 64 tokens."""
+    (found,) = report_facts(PLANS["page means"], identity(), RECIPE, {}, None)["layers"]
+    assert found["stored"] == (
+        "K 40 × 4 bit / 64 page means / 8 × 4 bit + 24 × 2 bit + 40 page means; V 64 × 2 bit / 64 × 4 bit"
+    )
+    planes = 8 * (8 * 4 + 24 * 2) + 32
+    assert [h["k_bits"] * 64 * 64 / 8 for h in found["heads"][:2]] == [64, planes + 48]
+    assert [h["v_bits"] * 64 * 64 / 8 for h in found["heads"][:2]] == [64 * 16 + 32] * 2
 
 
 @pytest.mark.parametrize("context", [1, 2, 33, 100, 10**9])

@@ -306,13 +306,21 @@ def test_generation_defaults_are_kept(tmp_path: Path) -> None:
         ("tokenizer.json", b"{}", "not a tokenizer"),
         ("tokenizer.json", b"\xff\xfe", "not UTF-8"),
         ("tokenizer_settings.json", None, "No such file"),
-        ("tokenizer_settings.json", b"{", "not JSON"),
+        ("tokenizer_settings.json", b"{", "not the JSON"),
+        ("tokenizer_settings.json", b"[" * 100_000, "levels deep"),
         ("tokenizer_settings.json", b"[]", "expected the keys"),
         ("tokenizer_settings.json", {"eos_token_ids": 3}, "eos_token_ids is not a list"),
         ("tokenizer_settings.json", {"eos_token_ids": [True]}, "not a token id"),
         ("tokenizer_settings.json", {"special_tokens": {"bos_token": 1}}, "not text"),
+        ("tokenizer_settings.json", {"special_tokens": {"messages": "x"}}, "'messages' is not a name"),
+        ("tokenizer_settings.json", {"generation": {"temperature": "hot"}}, "'temperature' is unknown, or"),
+        ("tokenizer_settings.json", {"generation": {"num_beams": 4}}, "'num_beams' is unknown"),
         ("tokenizer_settings.json", {"more": 1}, "expected the keys"),
         ("chat_template.jinja", b"{% if %}", "line 1"),
+        ("chat_template.jinja", b"{{ " + b"9" * 5000 + b" }}", "cannot be compiled"),
+        ("chat_template.jinja", b"{{ " + b"(" * 5000 + b"1" + b")" * 5000 + b" }}", "cannot be compiled"),
+        ("chat_template.jinja", b"{% for a in b %}" * 30 + b"{% endfor %}" * 30, "cannot be compiled"),
+        ("chat_template.jinja", b" " * (2 << 20), "more than"),
     ],
 )
 def test_malformed_files(
@@ -329,6 +337,55 @@ def test_malformed_files(
     with pytest.raises(ArtifactError, match=reason) as caught:
         Tokenizer.load(folder)
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 10 ** 10 ** 10 }}",
+        "{{ 'x' * 10 ** 12 }}",
+        "{{ [1] * 10 ** 12 }}",
+        "{% set x = 9 ** 9 ** 9 ** 9 %}",
+        "{% if 9 ** 9 ** 9 ** 9 %}{% endif %}",
+    ],
+)
+def test_loading_a_chat_template_computes_nothing_and_rendering_is_bounded(
+    tmp_path: Path, template: str
+) -> None:
+    folder = saved(byte_level(), tmp_path)
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer.load(folder)
+    with pytest.raises(ArtifactError, match=r"large numbers|very often"):
+        tokenizer.chat([])
+
+
+def test_arithmetic_in_a_chat_template(tmp_path: Path) -> None:
+    folder = saved(byte_level(), tmp_path)
+    (folder / "chat_template.jinja").write_text(
+        "{{ 2 ** 3 * 4 }} {{ '-' * 3 }} {{ 0.5 * messages | length }}"
+    )
+    assert Tokenizer.load(folder).chat([{}, {}]) == "32 --- 1.0"
+
+
+def test_a_tokenizer_that_fails_on_a_text(tmp_path: Path) -> None:
+    """The fuzzer found it: words that nobody knows, and no token for them."""
+    folder = saved(byte_level(), tmp_path)
+    tokenizers.Tokenizer(models.WordLevel({"w3": 0}, unk_token="[UNK]")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(ArtifactError, match=r"fails on this text: .*\[UNK\]"):
+        Tokenizer.load(folder).encode("w4")
+
+
+def test_padding_and_truncation_of_the_file_are_not_used(tmp_path: Path) -> None:
+    folder = saved(byte_level(), tmp_path)
+    plain = Tokenizer.load(folder).encode("some longer text")
+    data = json.loads((folder / "tokenizer.json").read_text())
+    data["padding"] = {
+        "strategy": {"Fixed": 1 << 30}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 0, "pad_type_id": 0, "pad_token": "x",
+    }  # fmt: skip
+    data["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    assert Tokenizer.load(folder).encode("some longer text") == plain
 
 
 def test_needs_no_transformers(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kvcc.cli._console import json_option, out, print_json, progress
+from kvcc.cli._console import err, json_option, out, print_json, progress
 from kvcc.errors import DataError
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def command(
     from kvcc import verdict_formats as formats
     from kvcc.checking import CheckSize, check, store_accuracy
     from kvcc.gates import load_gates
+    from kvcc.runtime.signature import read_signature
 
     limits = load_gates(gates) if gates else None
     size = CheckSize(
@@ -125,7 +126,12 @@ def command(
             on_progress=on_progress,
         )
     if store:
+        signed = read_signature(artifact) is not None
         store_accuracy(artifact, verdict)
+        if signed:
+            err.print(
+                f"{artifact}: its signature was of what it was before; sign it again: kvcc sign", markup=False
+            )
     if junit:
         junit.write_text(formats.junit(verdict), encoding="utf-8")
     if markdown:

@@ -45,12 +45,16 @@ class CompressedCache(Cache):
         self._step: _Step | None = None
 
     @classmethod
-    def from_artifact(cls, path: str | Path, model: PreTrainedModel | None = None) -> "CompressedCache":
+    def from_artifact(
+        cls, path: str | Path, model: PreTrainedModel | None = None, *, key: str | Path | None = None
+    ) -> "CompressedCache":
         """An empty cache as the artifact's plan says. Raises ArtifactError for what is no artifact.
+
+        `key`: a file of public keys, one of which must have signed it; see `kvcc.runtime.load`.
 
         With `model`, what the recipe folded into weights is put into the model's own, once; see `fold_into`.
         """
-        cache = cls(read_artifact(path, verify="sizes"))
+        cache = cls(read_artifact(path, verify="sizes", key=key))
         if model is not None:
             cache.fold_into(model)
         return cache
