@@ -3,19 +3,25 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvcc.exchange.onnx_support import why_not
+from kvcc.runtime.graph import Program
+from kvcc.runtime.plan import Plan
 
-def engines(passes: Sequence[Mapping[str, Any]], folded: Mapping[str, str] | None) -> dict[str, str | None]:
+
+def engines(
+    passes: Sequence[Mapping[str, Any]], folded: Mapping[str, str] | None, plan: Plan, graph: Program
+) -> dict[str, str | None]:
     """By engine: None where it can, else the reason in one line.
 
     passes: a recipe's, as the manifest has them ({name: parameters} each); folded: the manifest's.
     "torch" is kvcc's own runtime; "transformers" runs the artifact by kvcc.integrations.transformers; "vllm" would run
-    the same recipe exported with --format compressed-tensors.
+    the same recipe exported with --format compressed-tensors, "onnxruntime" the artifact with --format onnx.
     """
     return {
         "torch": None,
         "transformers": _transformers(folded),
         "vllm": _vllm(passes),
-        "onnxruntime": "kvcc writes no ONNX",
+        "onnxruntime": why_not(plan, graph),
     }
 
 

@@ -1,7 +1,8 @@
 """kvcc export: compile a model with a recipe and pack the artifact."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.markup import escape
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from kvcc.frontend import LoadedModel
     from kvcc.profile import Profile
     from kvcc.recipe import Recipe
+    from kvcc.runtime.plan import Plan
 
 
 @click.command("export")
@@ -48,8 +50,22 @@ if TYPE_CHECKING:
     "layout",
     default="kvcc",
     show_default=True,
-    type=click.Choice(["kvcc", "compressed-tensors"]),
-    help="compressed-tensors: a Hugging Face folder with kv_cache_scheme and scales, for fp8 and int8.",
+    type=click.Choice(["kvcc", "compressed-tensors", "onnx"]),
+    help="compressed-tensors: a Hugging Face folder with kv_cache_scheme and scales, for fp8 and int8. "
+    "onnx: graphs for ONNX Runtime; MODEL may then be an artifact, without a recipe.",
+)
+@click.option(
+    "--onnx-attention",
+    "attention",
+    default="standard",
+    show_default=True,
+    type=click.Choice(["standard", "gqa"]),
+    help="gqa: ONNX Runtime's own INT8 cache of all tokens, for int8; it has no exact window.",
+)
+@click.option(
+    "--sign",
+    type=click.Path(path_type=Path),
+    help="Sign the artifact with this Ed25519 private key (PEM), as `kvcc sign` does.",
 )
 @click.option("--check", "run_check", is_flag=True, help="Measure accuracy and store it in the artifact.")
 @json_option
@@ -64,10 +80,19 @@ def command(
     explain: bool,
     gpus: tuple[str, ...],
     layout: str,
+    attention: Literal["standard", "gqa"],
+    sign: Path | None,
     run_check: bool,
     as_json: bool,
 ) -> None:
     """Compile MODEL (a folder, a hub id, a .gguf file or pypi:PACKAGE) into an artifact."""
+    if layout != "kvcc" and (gpus or run_check or sign):
+        raise click.UsageError(f"--gpu, --check and --sign are for artifacts, not for --format {layout}")
+    if layout != "onnx" and attention != "standard":
+        raise click.UsageError("--onnx-attention is for --format onnx")
+    if layout == "onnx" and recipe is None and budget is None and (Path(model) / "manifest.json").is_file():
+        _onnx(Path(model), output, attention, force, as_json)
+        return
     if (recipe is None) == (budget is None):
         raise click.UsageError("give one of --recipe and --budget")
     ratio = ratio_of(budget) if budget is not None else None
@@ -79,10 +104,16 @@ def command(
     from kvcc.frontend import load_model
     from kvcc.pipeline import PassReport
     from kvcc.profile import Profile
+    from kvcc.signing import private_key, sign_artifact
 
-    if layout != "kvcc" and (gpus or run_check):
-        raise click.UsageError(f"--gpu and --check are for artifacts, not for --format {layout}")
-    check_target(output, overwrite=force)
+    key = private_key(sign) if sign else None
+    if layout == "onnx":
+        from kvcc.exchange.onnx import check_onnx, check_onnx_target
+
+        check_onnx()
+        check_onnx_target(output, overwrite=force)
+    else:
+        check_target(output, overwrite=force)
     check_gpu_targets(gpus)
     statistics = Profile.load(profile) if profile else None
     loaded = load_model(model, dtype)
@@ -105,6 +136,11 @@ def command(
     if layout == "compressed-tensors":
         _exchange(loaded, statistics, chosen, output, force, as_json)
         return
+    if layout == "onnx":
+        with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+            compile_model(loaded, statistics, chosen, Path(folder) / "model.kvcc", on_pass=told)
+            _onnx(Path(folder) / "model.kvcc", output, attention, force, as_json)
+        return
     compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=told)
     kernels: dict[str, int] = {}
     if gpus:
@@ -118,6 +154,8 @@ def command(
             measured = check(output, loaded)
         store_accuracy(output, measured)
         verdict = measured.as_dict()
+    # last: what is put into an artifact changes its manifest
+    signer = sign_artifact(output, key) if key else None
     plan = compiled.plan
     summary = {
         "artifact": str(output),
@@ -129,12 +167,18 @@ def command(
         "smaller_from_tokens": plan.break_even(),
         "passes": [{"name": r.name, "seconds": r.seconds} for r in compiled.reports],
         "gpu_kernels": kernels,
+        "signed_by": signer,
         "accuracy": verdict,
     }
     if as_json:
         print_json(summary)
         return
-    table = Table(title=f"{loaded.identity.name}, recipe {chosen.name}: bytes per token")
+    _show(summary, plan, loaded.identity.name)
+
+
+def _show(summary: dict[str, Any], plan: "Plan", model: str) -> None:
+    """Print what was exported, for people."""
+    table = Table(title=f"{model}, recipe {summary['recipe']}: bytes per token")
     for column in ("layers", "stored", "fp16", "ratio"):
         table.add_column(column, justify="right")
     for first, last, stored, plain in _runs(summary["layer_bytes_per_token"], plan):
@@ -157,17 +201,18 @@ def command(
         if tokens is not None
         else "this recipe saves no memory: its cache is never smaller than an fp16 one"
     )
-    if verdict is not None:
-        overall = verdict["texts"][0]["overall"]
+    if summary["accuracy"] is not None:
+        overall = summary["accuracy"]["texts"][0]["overall"]
         out.print(
             f"held-out text: KL {overall['kl']:.4f}, perplexity {overall['ppl_increase_percent']:+.2f} %"
         )
-    for target, count in kernels.items():
+    for target, count in summary["gpu_kernels"].items():
         out.print(f"carries {count} kernels compiled for {target}")
-    out.print(f"wrote {output}")
+    signer = summary["signed_by"]
+    out.print(f"wrote {summary['artifact']}" + (f", signed by key {signer[:16]}…" if signer else ""))
 
 
-def _runs(stored: Any, plan: Any) -> list[tuple[int, int, float, int]]:
+def _runs(stored: list[float], plan: "Plan") -> list[tuple[int, int, float, int]]:
     """Neighbouring layers that store the same: (first, last, stored bytes, fp16 bytes) per token."""
     runs: list[tuple[int, int, float, int]] = []
     for index, nbytes in enumerate(stored):
@@ -197,6 +242,23 @@ def _exchange(
         print_json({"folder": str(output), "scales": scales})
     else:
         out.print(f"{output}: the model with {len(scales)} scales of its cache, for vLLM and llm-compressor")
+
+
+def _onnx(
+    artifact: Path, output: Path, attention: Literal["standard", "gqa"], force: bool, as_json: bool
+) -> None:
+    """Lower an artifact to ONNX."""
+    from kvcc.exchange.onnx import write_onnx
+    from kvcc.runtime.artifact import read_artifact
+
+    description = write_onnx(read_artifact(artifact), output, overwrite=force, attention=attention)
+    if as_json:
+        print_json({"folder": str(output)} | {k: v for k, v in description.items() if k != "states"})
+        return
+    out.print(
+        f"{output}: ONNX graphs of {description['model']['name']}, recipe "
+        f"{description['recipe']}; {description['bytes_per_token']:,.0f} bytes per token"
+    )
 
 
 def _planned(

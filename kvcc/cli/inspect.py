@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from kvcc.cli._console import json_option, out, print_json, size
@@ -16,21 +17,29 @@ from kvcc.errors import ArtifactError
 @click.command("inspect")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Check the digest of every file.")
+@click.option(
+    "--key",
+    type=click.Path(path_type=Path),
+    help="Also check that one of the Ed25519 public keys in this PEM file signed it.",
+)
 @json_option
-def command(artifact: Path, verify: bool, as_json: bool) -> None:
+def command(artifact: Path, verify: bool, key: Path | None, as_json: bool) -> None:
     """Print model, recipe, layer table, bytes, accuracy, and which backends and engines can run ARTIFACT."""
     from kvcc.runtime.artifact import read_artifact, verify_digests
+    from kvcc.runtime.signature import read_signature
 
     if verify and (problems := verify_digests(artifact)):
         raise ArtifactError(f"{artifact}: {'; '.join(problems)}")
-    found = read_artifact(artifact, verify="sizes", device=torch.device("cpu"))
+    found = read_artifact(artifact, verify="sizes", device=torch.device("cpu"), key=key)
+    signature = read_signature(artifact)
     plan, manifest = found.plan, found.manifest
     facts: dict[str, Any] = {
         "artifact": str(artifact),
         "model": manifest.model.model_dump(),
         "recipe": manifest.recipe,
         "kvcc_version": manifest.kvcc_version,
-        "digests": "verified" if verify else "not checked",
+        "digests": "verified" if verify or found.signer else "not checked",
+        "signature": None if signature is None else {"key": signature.key, "verified": bool(found.signer)},
         "bytes_per_token": plan.bytes_per_token(),
         "fp16_bytes_per_token": plan.uncompressed_bytes_per_token(),
         "bits_per_element": plan.bits_per_element(),
@@ -39,7 +48,7 @@ def command(artifact: Path, verify: bool, as_json: bool) -> None:
         "layers": [_layer(plan, i) for i in range(len(plan.layers))],
         "gpu_kernels": {target: _carried(index) for target, index in found.kernels.items()},
         "backends": _backends(plan),
-        "engines": engines(manifest.recipe.get("passes", []), manifest.folded),
+        "engines": engines(manifest.recipe.get("passes", []), manifest.folded, plan, found.graph),
         "accuracy": found.accuracy,
     }
     if as_json:
@@ -91,7 +100,10 @@ def _layer(plan: Any, index: int) -> dict[str, Any]:
 
 
 def _side(side: Any) -> str:
-    return " + ".join(f"{p.channels} ch x {p.bits} bit" for p in side.planes)
+    parts = [f"{p.channels} ch x {p.bits} bit" for p in side.planes]
+    if side.page_means:
+        parts.append(f"{side.page_means} page means")
+    return " + ".join(parts)
 
 
 def _backends(plan: Any) -> dict[str, str | None]:
@@ -110,12 +122,12 @@ def _backends(plan: Any) -> dict[str, str | None]:
 
 def _show(facts: dict[str, Any]) -> None:
     head = Table(show_header=False)
-    model = facts["model"]
-    head.add_row(
-        "model", f"{model['name']} ({model['model_type']}, {model['layers']} layers, {model['dtype']})"
-    )
-    head.add_row("recipe", f"{facts['recipe']['name']}: {facts['recipe']['summary']}")
+    model, recipe = facts["model"], facts["recipe"]
+    about = f"{model['name']} ({model['model_type']}, {model['layers']} layers, {model['dtype']})"
+    head.add_row("model", escape(about))
+    head.add_row("recipe", escape(f"{recipe.get('name', '(unnamed)')}: {recipe.get('summary', '')}"))
     head.add_row("digests", facts["digests"])
+    head.add_row("signature", _signature(facts["signature"]))
     ratio = facts["fp16_bytes_per_token"] / facts["bytes_per_token"] if facts["bytes_per_token"] else 1.0
     head.add_row(
         "a sealed token",
@@ -133,8 +145,8 @@ def _show(facts: dict[str, Any]) -> None:
         why = carried["why_not"]
         head.add_row(
             f"carried for {target}",
-            f"{carried['kernels']} kernels, triton {carried['triton']}"
-            + (f"; not usable here: {why}" if why else "; used on request (--precompiled)"),
+            escape(f"{carried['kernels']} kernels, triton {carried['triton']}")
+            + (f"; not usable here: {escape(why)}" if why else "; used on request (--precompiled)"),
         )
     out.print(head)
     table = Table(
@@ -155,12 +167,26 @@ def _show(facts: dict[str, Any]) -> None:
     if facts["accuracy"] is None:
         out.print("accuracy: not measured; run `kvcc check --store`")
         return
-    for text in facts["accuracy"]["texts"]:
-        overall = text["overall"]
-        out.print(
-            f"accuracy on held-out {text['kind']}: KL {overall['kl']:.5f}, top-1 {overall['top1']:.4f}, "
-            f"perplexity {overall['ppl_increase_percent']:+.2f} %"
-        )
+    for line in _accuracy(facts["accuracy"]):
+        out.print(line, markup=False)
+
+
+def _signature(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "none"
+    return f"by key {found['key'][:16]}…, {'verified' if found['verified'] else 'not checked (--key)'}"
+
+
+def _accuracy(measured: dict[str, Any]) -> list[str]:
+    """One line a text. Raises ArtifactError for an accuracy.json that `kvcc check` did not write."""
+    try:
+        return [
+            f"accuracy on held-out {text['kind']}: KL {text['overall']['kl']:.5f}, "
+            f"top-1 {text['overall']['top1']:.4f}, perplexity {text['overall']['ppl_increase_percent']:+.2f} %"
+            for text in measured["texts"]
+        ]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ArtifactError("accuracy.json: not what was measured here; run `kvcc check --store`") from error
 
 
 def _runs(layers: list[dict[str, Any]]) -> list[tuple[int, int, dict[str, Any]]]:
