@@ -97,6 +97,14 @@ def _binary(kernel: Any, asked: dict[str, Any], target: GPUTarget) -> Binary:
     return Binary(_key(asked), kernel.metadata.name, kernel.asm[BINARY[target.backend]], results)
 
 
+def launch_key(launch: Launch, target: GPUTarget) -> str:
+    """The key of what a launch would be compiled to; nothing is compiled."""
+    asked: list[dict[str, Any]] = []
+    with pretended(target), compile_hook(lambda **said: asked.append(specialisation(said)) is None):
+        compile_launch(launch)
+    return _key(asked[0])
+
+
 def _key(asked: dict[str, Any]) -> str:
     text = json.dumps([sources_digest(), triton.__version__, asked], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

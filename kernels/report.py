@@ -5,6 +5,7 @@ source tree, when other figures stand there.
 """
 
 import argparse
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
@@ -98,14 +99,24 @@ def spills(table: Table) -> list[str]:
     ]
 
 
-def usage_tables(table: Table) -> str:
-    """Markdown: a table for each kernel."""
+def measured_from() -> str:
+    """Says which kernels figures belong to: a digest of all that Triton would be told, found without compiling."""
     import triton
 
+    from kvcc.kernels.compile_targets import TARGETS, configurations
+    from kvcc.kernels.precompiled import launch_key
+
+    launches = [configuration.launch for configuration in configurations()]
+    keys = sorted(launch_key(launch, target) for launch in launches for target in TARGETS.values())
+    return f"Triton {triton.__version__}, kernels {hashlib.sha256(''.join(keys).encode()).hexdigest()[:16]}."
+
+
+def usage_tables(table: Table) -> str:
+    """Markdown: a table for each kernel."""
     from kvcc.kernels.compile_targets import TARGETS
 
     parts = [
-        f"Triton {triton.__version__}. Each cell: registers a thread / spilled bytes / shared KiB / code KiB."
+        f"{measured_from()} Each cell: registers a thread / spilled bytes / shared KiB / code KiB."
     ]
     for kernel, rows in table.items():
         parts.append(f"**`{kernel}`**")

@@ -104,6 +104,14 @@ def test_more_registers_than_there_are_is_seen_as_a_spill() -> None:
     )[0]  # fmt: skip
 
 
+def test_the_document_is_of_these_kernels() -> None:
+    """Sooner than by compiling them all, which the slow test below does."""
+    document = Path(__file__).parents[1] / report.DOCUMENT
+    assert report.measured_from() in document.read_text(encoding="utf-8"), (
+        "run `python -m kvcc.kernels.report --write` and look at what changed"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)  # 273 compilations, when Triton's cache is empty
 def test_no_shipped_configuration_spills() -> None:
