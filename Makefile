@@ -26,7 +26,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -m slow -n 0
+	$(BIN)/python -m pytest -m slow
 
 # Artifacts changed at random, 25 to 40 a second; each must load and run, or be refused. `make fuzz FUZZ="--seed 7"`
 FUZZ ?= --mutants 100000

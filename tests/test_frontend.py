@@ -487,4 +487,4 @@ def test_smollm2(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     want = reference_logits(loaded, tokens, mask, positions)
     got = graph.module(tokens, positions, mask, torch.arange(length))
-    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-5, atol=5e-4)
