@@ -115,9 +115,7 @@ def usage_tables(table: Table) -> str:
     """Markdown: a table for each kernel."""
     from kvcc.kernels.compile_targets import TARGETS
 
-    parts = [
-        f"{measured_from()} Each cell: registers a thread / spilled bytes / shared KiB / code KiB."
-    ]
+    parts = [f"{measured_from()} Each cell: registers a thread / spilled bytes / shared KiB / code KiB."]
     for kernel, rows in table.items():
         parts.append(f"**`{kernel}`**")
         body = [[name, *(_cell(row[t]) if t in row else "" for t in TARGETS)] for name, row in rows.items()]

@@ -114,7 +114,7 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[s
     if profile is not None:
         fixed += CALIBRATED
         for bits in budgets:
-            for basis in ("pca", "dual", "native"):
+            for basis in ("dual", "pca", "native"):
                 for scales in ("true", "false"):
                     options = f"bits: {bits:g}, k_basis: {basis}, v_basis: {basis}, token_scales: {scales}"
                     fixed.append(f"transform: {{{options}}}")

@@ -37,15 +37,16 @@ from kvcc.transform_coding import (
 class Transform(Pass):
     """K and V of sealed pages in a calibrated basis, each channel with a width and a step of its own.
 
-    The basis decorrelates channels (`pca`), so that few of them carry most of what matters; bits go where they gain
-    most, in the whole model's currency: nats, by the Fisher information of keys and values where the profile has
-    gradients (kvcc calibrate --gradients), else by errors of logits and of the layer's output. Steps are fixed by
-    calibration and folded into the basis, so a page holds codes only; `token_scales` adds four bits a token and
-    side, by which tokens with heavy tails are scaled down; `page_means` adds a byte a page and channel of K for what
-    keys of a page have in common, because errors that they share do not average out in attention. V's basis and mean
-    go into W_v, W_o and b_o; K's are applied to queries and to keys that are sealed. Sinks and the recent window stay
-    exact. With `joint_heads` several KV heads of a layer share one basis, which removes what they have in common,
-    too; attention over them then does `joint_heads` times the arithmetic.
+    The basis decorrelates channels, so that few of them carry most of what matters, and turns them so that what their
+    errors cost adds up (`dual`). Bits go where they gain most, in the whole model's currency: nats, by the Fisher
+    information of keys and values where the profile has gradients (kvcc calibrate --gradients), else by errors of
+    logits and of the layer's output. Steps are fixed by calibration and
+    folded into the basis, so a page holds codes only; `token_scales` adds four bits a token and side, by which tokens
+    with heavy tails are scaled down; `page_means` adds a byte a page and channel of K for what keys of a page have in
+    common, because errors that they share do not average out in attention. V's basis and mean go into W_v, W_o and
+    b_o; K's are applied to queries and to keys that are sealed. Sinks and the recent window stay exact. With
+    `joint_heads` several KV heads of a layer share one basis, which removes what they have in common, too; attention
+    over them then does `joint_heads` times the arithmetic.
 
     Transform coding with greedy marginal gains is classical (Huang & Schultheiss, 1963; Shoham & Gersho, 1988); compare
     SVDq (arXiv 2502.15304), which gives bits to singular directions of K, and OSCAR (arXiv 2605.17757), whose
@@ -59,8 +60,8 @@ class Transform(Pass):
     bits: float = Field(
         2.5, gt=0.1, le=9, description="bits per element of K and V, token scales and page means included"
     )
-    k_basis: Basis = Field("pca", description="native, hadamard, pca, or dual (weighted by the metric)")
-    v_basis: Basis = Field("pca", description="the same for V")
+    k_basis: Basis = Field("dual", description="native, hadamard, pca, or dual (weighted by the metric)")
+    v_basis: Basis = Field("dual", description="the same for V")
     token_scales: bool = Field(True, description="four bits a token and side, against heavy tails")
     page_means: bool = Field(True, description="a byte a page and channel of K for the mean of its keys")
     joint_heads: int = Field(

@@ -158,11 +158,11 @@ def model_of(profile: Profile, options: str, backend: object = reference) -> Com
     "options",
     [
         "",
-        ", k_basis: dual, v_basis: hadamard",
+        ", k_basis: pca, v_basis: hadamard",
         ", heads: shared",
         ", page_means: false",
         ", joint_heads: 2",
-        ", joint_heads: 2, k_basis: dual, v_basis: native, heads: shared",
+        ", joint_heads: 2, k_basis: pca, v_basis: native, heads: shared",
     ],
 )
 def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
