@@ -99,10 +99,15 @@ def _binary(kernel: Any, asked: dict[str, Any], target: GPUTarget) -> Binary:
 
 def launch_key(launch: Launch, target: GPUTarget) -> str:
     """The key of what a launch would be compiled to; nothing is compiled."""
-    asked: list[dict[str, Any]] = []
-    with pretended(target), compile_hook(lambda **said: asked.append(specialisation(said)) is None):
+    asked: dict[str, Any] = {}
+
+    def no_more(**said: Any) -> bool:
+        asked.update(specialisation(said))
+        return True
+
+    with pretended(target), compile_hook(no_more):
         compile_launch(launch)
-    return _key(asked[0])
+    return _key(asked)
 
 
 def _key(asked: dict[str, Any]) -> str:
