@@ -26,7 +26,8 @@ class Task:
 
     `context` is the text; `depth` in [0, 1] is where the first fact stands, as a share of its words;
     `answer` occurs exactly once in the context; `candidates` are wrong answers and the right one, in seeded
-    order, for models too small to answer freely: compare their likelihoods after `question`.
+    order, for models too small to answer freely: compare their likelihoods behind `lead`, which is how an answer
+    begins that is a whole sentence.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Task:
     answer: str
     depth: float
     candidates: tuple[str, ...]
+    lead: str = ""
 
 
 def default_depth(seed: int, index: int) -> float:
@@ -99,9 +101,9 @@ def needle(
     depth = default_depth(seed, index) if depth is None else depth
     thing, numbers = pick(rng, _THINGS), _numbers(rng, CANDIDATES)
     answer, candidates = numbers[0], tuple(shuffled(rng, numbers))
-    fact = f"The access code for {thing} is {answer}."
-    context = _insert(haystack(rng, words, side), [(depth, fact)])
-    return Task("needle", context, f"What is the access code for {thing}?", answer, depth, candidates)
+    lead = f"The access code for {thing} is"
+    context = _insert(haystack(rng, words, side), [(depth, f"{lead} {answer}.")])
+    return Task("needle", context, f"What is the access code for {thing}?", answer, depth, candidates, lead)
 
 
 def key_value(
@@ -114,12 +116,11 @@ def key_value(
     firsts, lasts, towns = shuffled(rng, FIRST_NAMES), shuffled(rng, SURNAMES), shuffled(rng, TOWNS)
     owners = [f"{firsts[n]} {lasts[n]} of {towns[n]}" for n in range(CANDIDATES)]
     depths = [depth] + [(n + rng.random()) / (CANDIDATES - 1) for n in range(CANDIDATES - 1)]
-    facts = [
-        (at, f"The locker of {who} has the number {no}.") for at, who, no in zip(depths, owners, numbers)
-    ]
+    leads = [f"The locker of {who} has the number" for who in owners]
+    facts = [(at, f"{lead} {number}.") for at, lead, number in zip(depths, leads, numbers)]
     context = _insert(haystack(rng, words, side), facts)
     question = f"What is the number of the locker of {owners[0]}?"
-    return Task("key_value", context, question, numbers[0], depth, tuple(shuffled(rng, numbers)))
+    return Task("key_value", context, question, numbers[0], depth, tuple(shuffled(rng, numbers)), leads[0])
 
 
 def variable_tracking(
@@ -146,7 +147,8 @@ def variable_tracking(
         last = last or chain_names[-1]
     context = _insert(haystack(rng, words, side), facts)
     question = f"What is the value of the variable {last}?"
-    return Task("variable_tracking", context, question, numbers[0], depth, tuple(shuffled(rng, numbers)))
+    candidates, lead = tuple(shuffled(rng, numbers)), f"The value of the variable {last} is"
+    return Task("variable_tracking", context, question, numbers[0], depth, candidates, lead)
 
 
 GENERATORS: dict[str, Callable[..., Task]] = {

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,10 @@ from kvcc.profile import Profile, Source, pack, sorted_sources, unpack
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.sensitivity import Gradients
 from kvcc.statistics import LayerShape, LayerStatistics
+
+if TYPE_CHECKING:
+    from kvcc.frontend import LoadedModel
+    from kvcc.runtime.tokenizer import Tokenizer
 
 SKIP_FIRST = 16  # tokens at the start of a prompt that means and covariances leave out
 SHIFT = 97  # positions, by which a model is tried out
@@ -411,6 +415,19 @@ def _profile(model: ModelIdentity, sets: Sequence[PromptSet], tap: _Tap, skip_fi
     )
 
 
+def own_prompts(
+    loaded: "LoadedModel", graph: Graph, tokenizer: "Tokenizer", *, samples: int, length: int, seed: int
+) -> PromptSet:
+    """Prompts of `length` tokens that the model writes itself; see kvcc.own_text."""
+    from kvcc.own_text import NAME, own_text
+    from kvcc.uncompressed import uncompressed
+
+    rows = own_text(uncompressed(loaded, tokenizer, graph), samples=samples, length=length, seed=seed)
+    digests = [hashlib.sha256(json.dumps(row).encode()).hexdigest() for row in rows]
+    prompts = tuple(TokenPrompt(tuple(row), digest[:16]) for row, digest in zip(rows, digests))
+    return PromptSet(NAME, f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}", seed, prompts)
+
+
 def calibrate_model(
     model: str,
     data: str,
@@ -424,6 +441,7 @@ def calibrate_model(
     dtype: str = "float32",
     skip_first: int = SKIP_FIRST,
     gradients: bool = False,
+    own: int = 0,
     positions: int | None = None,
     save_every: float = SAVE_EVERY,
     resume: bool = False,
@@ -432,7 +450,8 @@ def calibrate_model(
 ) -> Profile:
     """What `kvcc calibrate` does: load a model and prompts, measure, write the profile folder `output`.
 
-    `data`: as for calibration_data.load_prompts; `samples` prompts in all, of at most `length` tokens.
+    `data`: as for calibration_data.load_prompts; `samples` prompts in all, of at most `length` tokens. The model adds
+    `own` prompts that it writes itself (kvcc.own_text).
     While it runs, its checkpoint is the file `output` + ".partial". `say` gets a line for each stage. Raises
     the KvccError of whichever stage refuses.
     """
@@ -457,6 +476,9 @@ def calibrate_model(
         say(f"{repeated} empty or repeated prompts are left out")
     say("capturing the graph")
     graph = capture(loaded)
+    if own:
+        say(f"writing {own} prompts of the model's own")
+        sets.append(own_prompts(loaded, graph, tokenizer, samples=own, length=length, seed=seed))
     state = output.with_name(f"{output.name}.partial")
     if resume:
         say("resuming" if state.exists() else f"nothing to resume ({state} does not exist): starting")

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvcc.artifact import update_file
@@ -16,30 +15,25 @@ from kvcc.calibration import encode_sets
 from kvcc.calibration_data import HELD_OUT, held_out, load_prompts
 from kvcc.calibration_data.retrieval_tasks import GENERATORS, Task
 from kvcc.errors import DataError
-from kvcc.frontend import LoadedModel, capture, load_model, reference_logits
+from kvcc.frontend import LoadedModel, load_model
 from kvcc.gates import GateResult, Gates, judge
-from kvcc.graph import Graph
-from kvcc.kernels import backend as kernel_backend
 from kvcc.kernels.linear import WeightType
 from kvcc.layer_errors import LayerError, layer_errors
 from kvcc.measure import (
     Answer,
+    Found,
     GreedyAgreement,
     RetrievalScore,
     TextAgreement,
     expected_logits,
     greedy_agreement,
     retrieve,
+    scored,
     teacher_forced,
 )
-from kvcc.pipeline import run_passes
-from kvcc.recipe import load_recipe
 from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
-from kvcc.runtime.fuse import fuse
-from kvcc.runtime.tokenizer import Tokenizer
-
-EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
+from kvcc.uncompressed import uncompressed
 
 
 @dataclass(frozen=True)
@@ -174,40 +168,6 @@ def check(
     return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
 
 
-def uncompressed(
-    loaded: LoadedModel, tokenizer: Tokenizer | None, graph: Graph | None = None
-) -> CompiledModel:
-    """The model (captured already as `graph`, or now) through the `exact` recipe.
-
-    Its logits are first compared with transformers' own on a short text.
-
-    Raises DataError when they differ by more than rounding: nothing may be measured against a wrong reference.
-    """
-    compiled = run_passes(graph or capture(loaded), None, load_recipe("exact"))
-    device = torch.device("cpu")
-    model = CompiledModel(
-        loaded.identity,
-        "exact",
-        compiled.plan,
-        fuse(compiled.module),
-        {},
-        tokenizer,
-        kernel_backend("auto", device),
-        device,
-    )
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, loaded.identity.vocab_size, (1, 32), generator=generator)
-    mask = torch.ones_like(tokens)
-    theirs = reference_logits(loaded, tokens, mask, torch.arange(32)[None])[0].float()
-    ours = model.forward(tokens.tolist(), model.new_cache(1), every=True).float()
-    error = float((ours - theirs).abs().max())
-    if not error <= EXACT_TOLERANCE[loaded.identity.dtype]:
-        raise DataError(
-            f"the captured graph of {loaded.identity.name} is off by {error:.2g} in its logits: a bug in kvcc"
-        )
-    return model
-
-
 def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[list[int]]:
     if model.tokenizer is None:
         raise DataError(f"{model.identity.name} has no tokenizer, so no text can be measured")
@@ -248,25 +208,29 @@ def _retrieval(
     seed: int,
     report: Callable[[str, int, int], None],
 ) -> list[RetrievalScore]:
+    """Both models on every task; the uncompressed one once, since it does not matter to it what was in sight when."""
     scores = []
-    total = len(GENERATORS) * len(size.retrieval_lengths) * 2 * size.retrieval_tasks
+    total = len(GENERATORS) * len(size.retrieval_lengths) * 3 * size.retrieval_tasks
     done = 0
+
+    def solve(who: CompiledModel, tasks: Sequence[Task], visible: bool) -> Iterator[Found]:
+        nonlocal done
+        for task in tasks:
+            yield retrieve(who, task, lambda t: _ask(model, t), visible, 16)
+            done += 1
+            report("retrieval", done, total)
+
     for kind, make in GENERATORS.items():
         for tokens in size.retrieval_lengths:
             words = _words(model, make, tokens)
             tasks = [make(seed, i, words) for i in range(size.retrieval_tasks)]
+            wanted = list(solve(reference, tasks, visible=True))
             for visible in (True, False):
-                found = []
-                for task in tasks:
-                    pair = (
-                        retrieve(m, task, lambda t: _ask(model, t), visible, 16) for m in (model, reference)
-                    )
-                    found.append(Answer(task.depth, *pair))
-                    done += 1
-                    report("retrieval", done, total)
-                ours = 100 * sum(a.found for a in found) / len(found)
-                theirs = 100 * sum(a.found_uncompressed for a in found) / len(found)
-                scores.append(RetrievalScore(kind, tokens, visible, len(tasks), ours, theirs, tuple(found)))
+                answers = [
+                    Answer(task.depth, ours.answered, theirs.answered, ours.preferred, theirs.preferred)
+                    for task, ours, theirs in zip(tasks, solve(model, tasks, visible), wanted)
+                ]
+                scores.append(scored(kind, tokens, visible, answers))
     return scores
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kvcc.bench import decode_times
 from kvcc.charts import Line, lines
-from kvcc.checking import CheckSize, Verdict, check, uncompressed
+from kvcc.checking import CheckSize, Verdict, check
 from kvcc.frontend import load_model
 from kvcc.kernels.linear import WeightType
 from kvcc.runtime import load
+from kvcc.uncompressed import uncompressed
 
 
 @dataclass(frozen=True)

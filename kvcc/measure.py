@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcc.calibration_data.retrieval_tasks import Task, contains_answer
 from kvcc.errors import DataError
 from kvcc.runtime import CompiledModel
+from kvcc.runtime.cache import Cache
 
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
@@ -135,17 +136,31 @@ def _compare(logits: Tensor, expected: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What one model made of a retrieval task."""
+
+    answered: bool  # its greedy answer had the answer
+    preferred: bool  # of the task's candidates the answer was the likeliest
+
+
+@dataclass(frozen=True)
 class Answer:
-    """One retrieval task: where its fact stands, and whether each model's answer had it."""
+    """One retrieval task: where its fact stands, and what each model made of it."""
 
     depth: float  # share of the context before the (first) fact
     found: bool
     found_uncompressed: bool
+    preferred: bool = False
+    preferred_uncompressed: bool = False
 
 
 @dataclass(frozen=True)
 class RetrievalScore:
-    """Share of answers found, in percent, on one kind of task."""
+    """Shares of tasks solved, in percent, on one kind of task: by free answers, and by the likeliest candidate.
+
+    A model too small to answer freely may still know which of a few candidates is right, and then shows what
+    compression takes away.
+    """
 
     kind: str
     tokens: int  # context length aimed at
@@ -154,11 +169,32 @@ class RetrievalScore:
     score: float
     reference: float
     answers: tuple[Answer, ...] = ()
+    preference: float | None = None  # None: measured before candidates were compared
+    preference_reference: float | None = None
 
     @property
     def drop(self) -> float:
-        """Points lost."""
-        return self.reference - self.score
+        """Points lost, by free answers or by candidates, whichever lost more."""
+        lost = self.reference - self.score
+        if self.preference is None or self.preference_reference is None:
+            return lost
+        return max(lost, self.preference_reference - self.preference)
+
+
+def scored(kind: str, tokens: int, visible: bool, answers: Sequence[Answer]) -> RetrievalScore:
+    """The score of one kind of task at one length."""
+
+    def percent(field: str) -> float:
+        return 100 * sum(getattr(a, field) for a in answers) / len(answers)
+
+    return RetrievalScore(
+        *(kind, tokens, visible, len(answers)),
+        score=percent("found"),
+        reference=percent("found_uncompressed"),
+        answers=tuple(answers),
+        preference=percent("preferred"),
+        preference_reference=percent("preferred_uncompressed"),
+    )
 
 
 def retrieve(
@@ -167,8 +203,8 @@ def retrieve(
     ask: Callable[[Task], tuple[list[int], list[int]]],
     visible: bool,
     answer_tokens: int,
-) -> bool:
-    """Whether the model's greedy answer contains the task's. `ask` gives context and question as token ids.
+) -> Found:
+    """What the model answers greedily, and which candidate it prefers. `ask` gives context and question as token ids.
 
     Visible: both go through one prefill. Hidden: the context is prefilled and compressed, then the question comes.
     """
@@ -180,6 +216,7 @@ def retrieve(
     else:
         model.forward([context], cache)
         logits = model.forward([question], cache)
+    preferred = _likeliest(model, cache, logits[0], task) == task.answer
     answer: list[int] = []
     while len(answer) < answer_tokens:
         token = int(logits.argmax(-1))
@@ -189,7 +226,26 @@ def retrieve(
         if len(answer) < answer_tokens:
             logits = model.forward([[token]], cache)
     assert model.tokenizer is not None
-    return contains_answer(model.tokenizer.decode(answer), task)
+    return Found(contains_answer(model.tokenizer.decode(answer), task), preferred)
+
+
+def _likeliest(model: CompiledModel, cache: Cache, logits: Tensor, task: Task) -> str:
+    """The candidate that the model finds likeliest as the end of the answer that the task's lead begins.
+
+    logits [V] are of the first answered token. The cache of one sequence is the same afterwards: candidates are
+    copies of it, which share its pages.
+    """
+    assert model.tokenizer is not None
+    texts = [f"{task.lead} {candidate}." for candidate in task.candidates]
+    rows = [model.tokenizer.encode(text, special_tokens=False) for text in texts]
+    cache.keep([0] * (1 + len(rows)))
+    every = model.forward([[], *rows], cache, every=True).split([len(row) for row in rows])
+    cache.keep([0])
+    likelihoods = []
+    for row, found in zip(rows, every):
+        predicted = torch.cat([logits[None], found[:-1]]).float().log_softmax(-1)
+        likelihoods.append(float(predicted.gather(1, torch.tensor(row)[:, None].to(predicted.device)).sum()))
+    return task.candidates[max(range(len(rows)), key=likelihoods.__getitem__)]
 
 
 @dataclass(frozen=True)

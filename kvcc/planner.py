@@ -21,7 +21,6 @@ from kvcc.atomic import write_atomically
 from kvcc.attention_time import attention_ms
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
-from kvcc.checking import uncompressed
 from kvcc.errors import DataError, KvccError
 from kvcc.frontend import LoadedModel, capture, runtime_tokenizer
 from kvcc.graph import Graph, attention_nodes, attention_spec
@@ -32,6 +31,7 @@ from kvcc.profile import Profile
 from kvcc.recipe import parse_recipe
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.fuse import fuse
+from kvcc.uncompressed import uncompressed
 
 DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
 CHUNK = 64  # tokens appended at once while measuring

@@ -351,11 +351,12 @@ def _by_task(scores: Sequence[RetrievalScore], tokens: int) -> Figure:
         x_label="task, and the question when the context was compressed",
         y_label="answers found, %",
     )
-    columns = ("task", "tokens", "question", "compressed", "uncompressed", "tasks")
+    answered, likeliest = ("compressed", "uncompressed"), ("likeliest, compressed", "uncompressed")
+    columns = ("task", "tokens", "question", *answered, *likeliest, "tasks")
     return Figure(
         f"retrieval-{tokens}",
         f"Retrieval at {tokens:,} tokens",
-        "by task, higher is better",
+        "by task, higher is better: free answers; the table also has how often the answer was the likeliest candidate",
         Markup(svg),
         Table(f"Answers found at {tokens:,} tokens", columns, [_score_row(r) for r in scores]),
     )
@@ -363,8 +364,9 @@ def _by_task(scores: Sequence[RetrievalScore], tokens: int) -> Figure:
 
 def _score_row(score: RetrievalScore) -> tuple[str, ...]:
     question = "visible" if score.question_visible else "hidden"
-    shares = f"{score.score:.0f} %", f"{score.reference:.0f} %"
-    return score.kind.replace("_", " "), f"{score.tokens:,}", question, *shares, str(score.tasks)
+    shares = score.score, score.reference, score.preference, score.preference_reference
+    cells = ("" if share is None else f"{share:.0f} %" for share in shares)
+    return score.kind.replace("_", " "), f"{score.tokens:,}", question, *cells, str(score.tasks)
 
 
 def front_figures(front: Front | None, mine: Point | None) -> list[Figure]:

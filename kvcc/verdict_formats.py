@@ -47,15 +47,13 @@ def _memory_rows(verdict: Verdict) -> list[tuple[str, ...]]:
 
 
 def _other_rows(verdict: Verdict) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [
-        (
-            f"{r.kind}, {r.tokens} tokens, question {'visible' if r.question_visible else 'hidden'}",
-            f"{r.score:.0f} %",
-            f"{r.reference:.0f} %",
-            f"{r.tasks}",
-        )
-        for r in verdict.retrieval
-    ]
+    rows: list[tuple[str, ...]] = []
+    for r in verdict.retrieval:
+        name = f"{r.kind}, {r.tokens} tokens, question {'visible' if r.question_visible else 'hidden'}"
+        rows.append((f"{name}, answered", f"{r.score:.0f} %", f"{r.reference:.0f} %", f"{r.tasks}"))
+        if r.preference is not None and r.preference_reference is not None:
+            both = f"{r.preference:.0f} %", f"{r.preference_reference:.0f} %"
+            rows.append((f"{name}, likeliest candidate", *both, f"{r.tasks}"))
     if verdict.greedy:
         g = verdict.greedy
         rows.append(

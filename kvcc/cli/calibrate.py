@@ -48,6 +48,13 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
     help="Also measure what errors in keys and values cost (three times the time).",
 )
 @click.option(
+    "--own",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Prompts that the model writes itself, beside those of --data: for text of other kinds than these.",
+)
+@click.option(
     "--positions",
     type=click.IntRange(0),
     help="Length of the contexts to be served: prompts are moved to positions up to it, since keys turn with theirs. "

@@ -1,0 +1,49 @@
+"""The model as it is, through kvcc's own runtime: what everything is measured against."""
+
+import torch
+
+from kvcc.errors import DataError
+from kvcc.frontend import LoadedModel, capture, reference_logits
+from kvcc.graph import Graph
+from kvcc.kernels import backend as kernel_backend
+from kvcc.pipeline import run_passes
+from kvcc.recipe import load_recipe
+from kvcc.runtime import CompiledModel
+from kvcc.runtime.fuse import fuse
+from kvcc.runtime.tokenizer import Tokenizer
+
+EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
+
+
+def uncompressed(
+    loaded: LoadedModel, tokenizer: Tokenizer | None, graph: Graph | None = None
+) -> CompiledModel:
+    """The model (captured already as `graph`, or now) through the `exact` recipe.
+
+    Its logits are first compared with transformers' own on a short text.
+
+    Raises DataError when they differ by more than rounding: nothing may be measured against a wrong reference.
+    """
+    compiled = run_passes(graph or capture(loaded), None, load_recipe("exact"))
+    device = torch.device("cpu")
+    model = CompiledModel(
+        loaded.identity,
+        "exact",
+        compiled.plan,
+        fuse(compiled.module),
+        {},
+        tokenizer,
+        kernel_backend("auto", device),
+        device,
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, loaded.identity.vocab_size, (1, 32), generator=generator)
+    mask = torch.ones_like(tokens)
+    theirs = reference_logits(loaded, tokens, mask, torch.arange(32)[None])[0].float()
+    ours = model.forward(tokens.tolist(), model.new_cache(1), every=True).float()
+    error = float((ours - theirs).abs().max())
+    if not error <= EXACT_TOLERANCE[loaded.identity.dtype]:
+        raise DataError(
+            f"the captured graph of {loaded.identity.name} is off by {error:.2g} in its logits: a bug in kvcc"
+        )
+    return model
