@@ -198,10 +198,32 @@ INLINE void unpack_strips(const int width, const i64 m, const uint8_t *src, uint
                     ((low >> (2 * j)) & (3 * one)) | (((high >> (2 * j + odd)) & one) << 2);                        \
         }
 
+/* Strips of the bits above `low`, to codes that hold these already: widths 5 and 6. */
+#define ADD_STRIPS(words)                                                                                           \
+    for (i64 i = 0; i < m; i += sizeof(words)) {                                                                    \
+        words x = *(const words *)(src + i);                                                                        \
+        for (int j = 0; j < 8 / width; j++) *(words *)(dst + j * m + i) |= ((x >> (width * j)) & mask) << low;      \
+    }
+
+INLINE void add_strips(const int width, const int low, const i64 m, const uint8_t *src, uint8_t *dst) {
+    const uint64_t mask = 0x0101010101010101u * ((1 << width) - 1);
+    if (m % 16 == 0) {
+        ADD_STRIPS(words2)
+    } else if (m % 8 == 0) {
+        ADD_STRIPS(words1)
+    } else {
+        for (i64 i = 0; i < m; i++)
+            for (int j = 0; j < 8 / width; j++) dst[j * m + i] |= ((src[i] >> (width * j)) & (uint8_t)mask) << low;
+    }
+}
+
 INLINE void unpack_run(const int bits, const i64 length, const uint8_t *src, uint8_t *dst) {
     const uint64_t ones = 0x0101010101010101u;
     const i64 n = length / 8;
-    if (bits != 3) {
+    if (bits == 5 || bits == 6) {
+        unpack_strips(4, 4 * n, src, dst);
+        add_strips(bits - 4, 4, (bits - 4) * n, src + 4 * n, dst);
+    } else if (bits != 3) {
         unpack_strips(bits, length * bits / 8, src, dst);
     } else if (n == 8) { /* a page of 64 tokens: both halves of a strip in one vector */
         words2 low = *(const words2 *)src;
@@ -241,6 +263,10 @@ static const char *unpack(int bits, i64 length, i64 runs, const char *src, char 
     if (bits == 8) return src;
     if (bits == 4)
         unpack_width(4, length, runs, from, to);
+    else if (bits == 5)
+        unpack_width(5, length, runs, from, to);
+    else if (bits == 6)
+        unpack_width(6, length, runs, from, to);
     else if (bits == 3)
         unpack_width(3, length, runs, from, to);
     else if (bits == 2)
@@ -256,20 +282,23 @@ static const char *unpack_section(const Section *s, const char *page, i64 runs, 
     return unpack((int)s->bits, flat ? runs * length : length, flat ? 1 : runs, page + s->codes, scratch);
 }
 
-INLINE void pack_run(const int bits, i64 length, const uint8_t *restrict codes, uint8_t *restrict dst) {
-    const int width = bits == 3 ? 2 : bits, mask = (1 << width) - 1;
-    const i64 m = length * width / 8, n = length / 8;
+/* `width` bits of codes, those from bit `low` on; returns what follows the bytes that were written. */
+INLINE uint8_t *pack_strips(const int width, const int low, i64 length, const uint8_t *restrict codes,
+                            uint8_t *restrict dst) {
+    const int mask = (1 << width) - 1;
+    const i64 m = length * width / 8;
     for (i64 i = 0; i < m; i++) {
         int byte = 0;
-        for (int j = 0; j < 8 / width; j++) byte |= (codes[j * m + i] & mask) << (width * j);
+        for (int j = 0; j < 8 / width; j++) byte |= (codes[j * m + i] >> low & mask) << (width * j);
         dst[i] = byte;
     }
-    if (bits == 3)
-        for (i64 i = 0; i < n; i++) {
-            int byte = 0;
-            for (int j = 0; j < 8; j++) byte |= (codes[j * n + i] >> 2) << j;
-            dst[m + i] = byte;
-        }
+    return dst + m;
+}
+
+INLINE void pack_run(const int bits, i64 length, const uint8_t *restrict codes, uint8_t *restrict dst) {
+    const int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits;
+    dst = pack_strips(low, 0, length, codes, dst);
+    if (bits > low) pack_strips(bits - low, low, length, codes, dst);
 }
 
 /* ---- a page's section times queries or weights -------------------------------------------------------------- */
@@ -1081,6 +1110,10 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
             pack_run(3, length, from, to);
         else if (s->bits == 4)
             pack_run(4, length, from, to);
+        else if (s->bits == 5)
+            pack_run(5, length, from, to);
+        else if (s->bits == 6)
+            pack_run(6, length, from, to);
         else if (s->bits == 1)
             pack_run(1, length, from, to);
         else

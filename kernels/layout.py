@@ -21,8 +21,8 @@ steps a code stands for its level; with `steps = "scaled"` for the level times i
 e4m3 for levels e2m1 (NVFP4's blocks). There are no zeros then. `clip` narrows the range of adaptive steps, in percent.
 
 Codes of one packed run (see `packed_bytes`): `n` codes of width b in {1, 2, 4, 8} take n*b/8 bytes, byte i holding
-codes i, i + n*b/8, i + 2*n*b/8, … from its low bits up, so that unpacking yields contiguous codes. Width 3 is a
-width-2 run followed by a width-1 run of the third bits.
+codes i, i + n*b/8, i + 2*n*b/8, … from its low bits up, so that unpacking yields contiguous codes. Widths 3, 5 and 6
+are a run of the low bits, 2 or 4 wide, followed by one of the bits above them (`SPLIT`).
 
 `groups = "tokens"`: codes [channels][tokens], an adaptive scale per channel and group_size tokens.
 `groups = "channels"`: codes [tokens][channels], an adaptive scale per token and group_size channels.
@@ -41,7 +41,12 @@ import torch
 from kvcc.errors import PlanError
 from kvcc.kernels.levels import BITS_OF, Levels
 
-WIDTHS = (1, 2, 3, 4, 8, 16, 32)
+WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16, 32)
+SPLIT = {
+    3: (2, 1),
+    5: (4, 1),
+    6: (4, 2),
+}  # widths that divide no byte: those of the runs that they are stored as
 ALIGNMENT = 16
 METADATA_BYTES = 2  # float16, for a scale or a zero
 
@@ -197,7 +202,7 @@ def scale_bytes(levels: Levels) -> int:
 
 
 def packed_bytes(bits: int, codes: int) -> int:
-    """Bytes of a packed run of `codes` codes; `codes` must be a multiple of 8 when bits is 3, else of 8/bits."""
+    """Bytes of a packed run of `codes` codes, which must be a multiple of 8/bits, or of 8 where bits divide no byte."""
     return codes * bits // 8
 
 

@@ -22,6 +22,7 @@ STORAGE: dict[str, tuple[tuple[tuple[int, float], ...], tuple[tuple[int, float],
     "think-40-kivi-4": (((4, 0.6),), ((4, 1.0),), 64),
     "think-40-kivi-2": (((2, 0.6),), ((2, 1.0),), 32),
     "mixed-4-2": (((4, 0.25), (2, 0.75)), ((2, 1.0),), 32),
+    "mixed-6-5": (((6, 0.5), (5, 0.5)), ((5, 1.0),), 32),
 }
 RECIPES = ("exact", "think-40", "kivi-4", "kivi-2", "think-40-kivi-4", "think-40-kivi-2")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from kvcc.kernels.head_classes import HeadClass, PlaneSpec, head_classes, padded
-from kvcc.kernels.layout import PageLayout
+from kvcc.kernels.layout import SPLIT, PageLayout
 from kvcc.kernels.page_means import less_means
 from kvcc.kernels.pool import PagePool
 from kvcc.kernels.protocol import Cached
@@ -162,8 +162,9 @@ def _seal_tiles(
     tiles = []
     for plane in planes:
         runs, length = (plane.channels, tokens) if plane.by_tokens else (tokens, plane.channels)
-        if plane.flat:  # bytes of one run; a run of 3 bits has as many tiles in both its parts
-            span, block, units = FLAT_BYTES, 1, runs * length * (2 if plane.bits == 3 else plane.bits) // 8
+        if plane.flat:  # bytes of one run, or of its low bits: those above them have as many tiles
+            low = SPLIT.get(plane.bits, (plane.bits,))[0]
+            span, block, units = FLAT_BYTES, 1, runs * length * low // 8
             count = -(-units // span)
         else:
             span = padded(length)

@@ -36,11 +36,13 @@ def _load_bits(rows, pos, mask, BYTES: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
-    """Codes of runs of LENGTH codes: int32 [R, L]. Width 3 is a 2-bit run and then a run of third bits."""
+    """Codes of runs of LENGTH codes: int32 [R, L]. Widths 3, 5, 6 are a run of 2 or 4 bits and one of those above."""
     rows = base + run[:, None] * (LENGTH * BITS // 8)
-    if BITS == 3:
-        low = _load_bits(rows, pos, mask, LENGTH // 4, 2)
-        return low | (_load_bits(rows + LENGTH // 4, pos, mask, LENGTH // 8, 1) << 2)
+    if 8 % BITS:
+        LOW: tl.constexpr = 2 if BITS == 3 else 4
+        BYTES: tl.constexpr = LENGTH * LOW // 8
+        low = _load_bits(rows, pos, mask, BYTES, LOW)
+        return low | (_load_bits(rows + BYTES, pos, mask, LENGTH * (BITS - LOW) // 8, BITS - LOW) << LOW)
     else:
         return _load_bits(rows, pos, mask, LENGTH * BITS // 8, BITS)
 
@@ -48,9 +50,11 @@ def _load_codes(base, run, pos, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
 @triton.jit
 def _load_flat(base, at, mask, BITS: tl.constexpr, LENGTH: tl.constexpr):
     """Codes `at` positions [R, L] of one run of LENGTH codes: int32 [R, L]."""
-    if BITS == 3:
-        low = _load_flat_bits(base, at, mask, LENGTH // 4, 2)
-        return low | (_load_flat_bits(base + LENGTH // 4, at, mask, LENGTH // 8, 1) << 2)
+    if 8 % BITS:
+        LOW: tl.constexpr = 2 if BITS == 3 else 4
+        BYTES: tl.constexpr = LENGTH * LOW // 8
+        low = _load_flat_bits(base, at, mask, BYTES, LOW)
+        return low | (_load_flat_bits(base + BYTES, at, mask, LENGTH * (BITS - LOW) // 8, BITS - LOW) << LOW)
     else:
         return _load_flat_bits(base, at, mask, LENGTH * BITS // 8, BITS)
 
@@ -692,6 +696,8 @@ def _seal_runs(
     RUNS: tl.constexpr = PLANE[1] if PLANE[4] else TOKENS
     LENGTH: tl.constexpr = TOKENS if PLANE[4] else PLANE[1]
     BITS: tl.constexpr = PLANE[0]
+    LOW: tl.constexpr = 2 if BITS == 3 else 4  # of a width that is two runs: bits of the first,
+    HIGH: tl.constexpr = BITS - LOW  # and of the second
     SPAN: tl.constexpr = TILES[2]
     run = (tile - TILES[0]) * TILES[3] + tl.arange(0, TILES[3])
     run_mask = run < RUNS
@@ -706,21 +712,28 @@ def _seal_runs(
         tl.store(at, values.to(KIND), mask=run_mask[:, None] & inside)
     elif PLANE[12]:
         first = (tile - TILES[0]) * SPAN
-        if BITS == 3:
-            low = _flat_codes(x, token_stride, first, PLANE, RUNS * LENGTH, 4, SPAN)
-            _store_flat(base, first, low & 3, RUNS * LENGTH // 4, 2)
-            half = (tile - TILES[0]) * (SPAN // 2)
-            high = _flat_codes(x, token_stride, half, PLANE, RUNS * LENGTH, 8, SPAN // 2)
-            _store_flat(base + RUNS * LENGTH // 4, half, high >> 2, RUNS * LENGTH // 8, 1)
+        if 8 % BITS:
+            FLAT: tl.constexpr = RUNS * LENGTH * LOW // 8
+            PART: tl.constexpr = SPAN * HIGH // LOW  # bytes of the upper bits of as many codes
+            low = _flat_codes(x, token_stride, first, PLANE, RUNS * LENGTH, 8 // LOW, SPAN)
+            _store_flat(base, first, low & ((1 << LOW) - 1), FLAT, LOW)
+            above = (tile - TILES[0]) * PART
+            high = _flat_codes(x, token_stride, above, PLANE, RUNS * LENGTH, 8 // HIGH, PART)
+            _store_flat(base + FLAT, above, high >> LOW, RUNS * LENGTH * HIGH // 8, HIGH)
         else:
             codes = _flat_codes(x, token_stride, first, PLANE, RUNS * LENGTH, 8 // BITS, SPAN)
             _store_flat(base, first, codes, RUNS * LENGTH * BITS // 8, BITS)
-    elif BITS == 3:
-        rows = base + run * (LENGTH * 3 // 8)
-        low = _quantise(x, token_stride, run, run_mask, page, PLANE, LENGTH, 4, SPAN // 4, True, ALIGNED)
-        _store_packed(rows, run_mask, low & 3, LENGTH // 4, 2)
-        high = _quantise(x, token_stride, run, run_mask, page, PLANE, LENGTH, 8, SPAN // 8, False, ALIGNED)
-        _store_packed(rows + LENGTH // 4, run_mask, high >> 2, LENGTH // 8, 1)
+    elif 8 % BITS:
+        BYTES: tl.constexpr = LENGTH * LOW // 8
+        rows = base + run * (LENGTH * BITS // 8)
+        low = _quantise(
+            x, token_stride, run, run_mask, page, PLANE, LENGTH, 8 // LOW, SPAN * LOW // 8, True, ALIGNED
+        )
+        _store_packed(rows, run_mask, low & ((1 << LOW) - 1), BYTES, LOW)
+        high = _quantise(
+            x, token_stride, run, run_mask, page, PLANE, LENGTH, 8 // HIGH, SPAN * HIGH // 8, False, ALIGNED
+        )
+        _store_packed(rows + BYTES, run_mask, high >> LOW, LENGTH * HIGH // 8, HIGH)
     else:
         STRIPS: tl.constexpr = 8 // BITS
         rows = base + run * (LENGTH * BITS // 8)

@@ -205,7 +205,7 @@ def _layouts() -> Iterator[Spec]:
     narrow = side("tokens", 64, (4, 39))
     yield Spec("narrow-k39", (narrow, narrow), (v, v), group=3)
     yield Spec("narrow-k39-k2", (side("tokens", 32, (2, 39)),) * 2, (v, v), group=1, queries=3)
-    odd = side("tokens", 32, (8, 3), (4, 7), (3, 5), (2, 11))
+    odd = side("tokens", 32, (8, 3), (6, 2), (5, 2), (4, 3), (3, 5), (2, 11))
     yield Spec("odd-mixed", (odd, odd), (v, v), group=4, bias=True)
     per_head_k = (
         side("tokens", 32, (4, 39)),
@@ -239,11 +239,11 @@ def _layouts() -> Iterator[Spec]:
 
 
 def _unit_steps() -> Iterator[Spec]:
-    for bits in (1, 2, 3, 4, 8):
+    for bits in (1, 2, 3, 4, 5, 6, 8):
         k, v = unit("tokens", (bits, 64), scales=False), unit("channels", (bits, 64), scales=False)
         yield Spec(f"unit{bits}", (k, k), (v, v), group=3)
-    mixed_k = unit("tokens", (8, 8), (4, 16), (2, 24), (1, 8))
-    mixed_v = unit("channels", (4, 24), (3, 8), (1, 24))
+    mixed_k = unit("tokens", (8, 8), (6, 8), (5, 8), (4, 8), (2, 16), (1, 8))
+    mixed_v = unit("channels", (6, 8), (5, 8), (4, 8), (3, 8), (1, 24))
     yield Spec("unit-mixed", (mixed_k, mixed_k), (mixed_v, mixed_v), group=3, bias=True)
     yield Spec("unit-mixed-float16", (mixed_k,), (mixed_v,), group=4, dtype=torch.float16)
     yield Spec("unit-queries70", (mixed_k,) * 2, (mixed_v,) * 2, queries=70, lengths=(300, 0, 20))

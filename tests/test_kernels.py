@@ -44,9 +44,10 @@ def attend(module: ModuleType, case: Case) -> tuple[Tensor, Tensor]:
 
 def code_at(record: np.ndarray, start: int, bits: int, length: int, i: int) -> int:
     """Code i of a packed run of `length` codes that starts at byte `start`, by the format's description."""
-    if bits == 3:
-        high = code_at(record, start + length // 4, 1, length, i)
-        return code_at(record, start, 2, length, i) | high << 2
+    if bits in (3, 5, 6):
+        low = 2 if bits == 3 else 4
+        high = code_at(record, start + length * low // 8, bits - low, length, i)
+        return code_at(record, start, low, length, i) | high << low
     strip_bytes = length * bits // 8
     return int(record[start + i % strip_bytes]) >> bits * (i // strip_bytes) & (1 << bits) - 1
 

@@ -13,7 +13,7 @@ import torch
 from onnxscript.onnx_opset import opset24 as op
 
 from kvcc.exchange.onnx_pages import OnnxPages, Run, SidePages
-from kvcc.kernels.layout import TOKEN_SCALE_BITS, TOKEN_SCALE_ONE, packed_bytes
+from kvcc.kernels.layout import SPLIT, TOKEN_SCALE_BITS, TOKEN_SCALE_ONE, packed_bytes
 from kvcc.kernels.levels import E2M1_MOST, E4M3_LEAST, E4M3_MOST, NORM_FLOOR, magnitudes, values_of
 from kvcc.kernels.reference import SCALE_FLOOR
 from kvcc.kernels.token_scales import scale_of
@@ -60,10 +60,11 @@ def pack(codes: Value, bits: int, runs: int, count: int) -> Value:
     """uint8 [B, P, runs, count * bits / 8] of codes float32 [B, P, runs, count]; see kernels/packing.py."""
     if bits == 8:
         return op.Cast(codes, to=UINT8)
-    if bits == 3:
-        high = op.Floor(op.Div(codes, constant(4)))
-        low = op.Sub(codes, op.Mul(high, constant(4)))
-        return op.Concat(pack(low, 2, runs, count), pack(high, 1, runs, count), axis=-1)
+    if bits in SPLIT:
+        first, second = SPLIT[bits]
+        high = op.Floor(op.Div(codes, constant(2**first)))
+        low = op.Sub(codes, op.Mul(high, constant(2**first)))
+        return op.Concat(pack(low, first, runs, count), pack(high, second, runs, count), axis=-1)
     per_byte = 8 // bits
     strips = op.Reshape(codes, shape(0, 0, runs, per_byte, count // per_byte))
     places = constant([[2.0 ** (bits * i)] for i in range(per_byte)])
@@ -74,10 +75,11 @@ def unpack(packed: Value, bits: int, count: int) -> Value:
     """Codes uint8 [..., count] of uint8 [..., count * bits / 8]."""
     if bits == 8:
         return packed
-    if bits == 3:
-        low = unpack(part(packed, 0, count // 4), 2, count)
-        high = unpack(part(packed, count // 4, count // 8), 1, count)
-        return op.BitwiseOr(low, op.BitShift(high, constant(2, np.uint8), direction="LEFT"))
+    if bits in SPLIT:
+        first, second = SPLIT[bits]
+        low = unpack(part(packed, 0, count * first // 8), first, count)
+        high = unpack(part(packed, count * first // 8, count * second // 8), second, count)
+        return op.BitwiseOr(low, op.BitShift(high, constant(first, np.uint8), direction="LEFT"))
     strips = []
     for i in range(8 // bits):
         strip = packed

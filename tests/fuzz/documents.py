@@ -27,7 +27,7 @@ TEMPLATES = [
     "\x00",
 ]
 SIZES = ["q_heads", "kv_heads", "k_dim", "v_dim", "sinks", "recent", "page", "window", "elements", "salient"]
-WIDTHS = [0, 1, 2, 3, 4, 8, 16, 24, 32, -8, 1 << 40]
+WIDTHS = [0, 1, 2, 3, 4, 5, 6, 8, 16, 24, 32, -8, 1 << 40]
 
 
 def some_bytes(path: Path, rng: Random) -> None:
