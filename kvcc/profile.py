@@ -137,7 +137,7 @@ class Profile:
 
     def k_cov(self, layer: int) -> Tensor:
         """Covariance of keys (divisor n), [H, D, D]."""
-        return _covariance(self.kk(layer), self.k_mean(layer))
+        return covariance(self.kk(layer), self.k_mean(layer))
 
     def k_page_cov(self, layer: int) -> Tensor:
         """Covariance of keys within the pages of statistics.PAGE tokens around them, [H, D, D]."""
@@ -153,7 +153,7 @@ class Profile:
 
     def v_cov(self, layer: int) -> Tensor:
         """Covariance of values (divisor n), [H, E, E]."""
-        return _covariance(self.vv(layer), self.v_mean(layer))
+        return covariance(self.vv(layer), self.v_mean(layer))
 
     def samples(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of body tokens drawn at random, [H, S, D] and [H, S, E] float32, S at most 1,024."""
@@ -424,7 +424,8 @@ def _parse(path: Path, content: bytes) -> _Document:
     return document
 
 
-def _covariance(second: Tensor, mean: Tensor) -> Tensor:
+def covariance(second: Tensor, mean: Tensor) -> Tensor:
+    """[H, D, D] of second moments and means."""
     return second - mean[:, :, None] * mean[:, None, :]
 
 

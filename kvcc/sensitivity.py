@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from kvcc.graph import causal_mask
-from kvcc.statistics import RECENT, LayerStatistics
+from kvcc.statistics import RECENT, LayerStatistics, add_gradients
 
 ROWS = 512  # predictions of a prompt, at most, whose labels are drawn
 
@@ -54,12 +54,10 @@ class Gradients(fx.Interpreter):
             loss = -predicted.gather(1, labels).sum()
         flat = [leaf for pair in self.leaves.values() for leaf in pair]
         found = torch.autograd.grad(loss, flat)
-        for number, layer in enumerate(self.leaves):
-            held = layers[layer]
-            held.grad_rows.add_(len(rows))
-            for grads, gradient in ((held.k_grad, found[2 * number]), (held.v_grad, found[2 * number + 1])):
-                g = gradient[0].double()
-                grads.baddbmm_(g.mT, g)
+        for number, (layer, stored) in enumerate(self.leaves.items()):
+            layers[layer].grad_rows.add_(len(rows))
+            k, v, k_grad, v_grad = (x.detach()[0] for x in (*stored, *found[2 * number : 2 * number + 2]))
+            add_gradients(layers[layer], k, v, k_grad, v_grad, generator)
         self.leaves = {}
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcc import sketch
 from kvcc.errors import ProfileError
 
-VERSION = 4  # of the meaning of the fields below; profiles of different versions do not merge
+VERSION = 5  # of the meaning of the fields below; profiles of different versions do not merge
 SINKS = 16  # the position class "sinks": the first tokens of a prompt
 RECENT = 64  # the position class "recent": the last tokens up to and including the query
 CLASSES = ("sinks", "middle", "recent")
@@ -27,6 +27,7 @@ MAX_TOKENS = 2**31 - 1  # what the sketch's int32 counters hold
 
 _MINIMA, _MAXIMA = ("k_min", "v_min"), ("k_max", "v_max")
 _SAMPLES = ("k_sample", "k_page_sample", "v_sample")
+_WON = ("k_won", "k_page_won", "v_won", "k_won_weight", "v_won_weight")
 _NOT_DRAWN = 2**63 - 1
 
 
@@ -88,6 +89,17 @@ class LayerStatistics:
     grad_rows: Tensor  # [] predictions whose gradients were taken (kvcc.sensitivity); 0: none were
     k_grad: Tensor  # [H, D, D] Σ over stored tokens of g gᵀ, g the gradient at their key
     v_grad: Tensor  # [H, E, E]
+    k_cost_sum: Tensor  # [H, D] Σ c k over stored tokens, c = |g|²: what errors in a token's key cost
+    kk_cost_sum: Tensor  # [H, D, D] Σ c k kᵀ
+    k_page_cost_sum: Tensor  # [H, D, D] Σ c (k - m)(k - m)ᵀ, m the mean key of the PAGE tokens around
+    v_cost_sum: Tensor  # [H, E]
+    vv_cost_sum: Tensor  # [H, E, E]
+    races: Tensor  # [S] float64 least draws of exponential variables, one race a slot; infinite: none was run
+    k_won: Tensor  # [S, H, D] float32 keys of the tokens that won the races: where errors cost much, often the same
+    k_page_won: Tensor  # [S, H, D] means of the PAGE keys around them
+    v_won: Tensor  # [S, H, E]
+    k_won_weight: Tensor  # [S, H] c over how often a race is won by such a token
+    v_won_weight: Tensor  # [S, H]
 
     def tensors(self) -> dict[str, Tensor]:
         """Every field by name."""
@@ -107,13 +119,17 @@ def layout(shape: LayerShape) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         "sample_draws": (SAMPLED,), "k_sample": (SAMPLED, H, D),
         "k_page_sample": (SAMPLED, H, D), "v_sample": (SAMPLED, H, E),
         "grad_rows": (), "k_grad": (H, D, D), "v_grad": (H, E, E),
+        "k_cost_sum": (H, D), "kk_cost_sum": (H, D, D), "k_page_cost_sum": (H, D, D),
+        "v_cost_sum": (H, E), "vv_cost_sum": (H, E, E),
+        "races": (SAMPLED,), "k_won": (SAMPLED, H, D), "k_page_won": (SAMPLED, H, D), "v_won": (SAMPLED, H, E),
+        "k_won_weight": (SAMPLED, H), "v_won_weight": (SAMPLED, H),
     }  # fmt: skip
     counts = {"tokens", "prompts", "rows", "saliency_keys", "sample_draws", "grad_rows"}
 
     def dtype(name: str) -> torch.dtype:
         if name.endswith("sketch"):
             return torch.int32
-        if name in _SAMPLES:
+        if name in _SAMPLES + _WON:
             return torch.float32
         return torch.int64 if name in counts else torch.float64
 
@@ -123,7 +139,7 @@ def layout(shape: LayerShape) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
 def empty(shape: LayerShape, device: torch.device | str = "cpu") -> LayerStatistics:
     """Statistics of no token at all: the neutral element of `merged`."""
     start = dict.fromkeys(_MINIMA, torch.inf) | dict.fromkeys(_MAXIMA, -torch.inf)
-    start["sample_draws"] = _NOT_DRAWN
+    start |= {"sample_draws": _NOT_DRAWN, "races": torch.inf}
     return LayerStatistics(
         **{
             name: torch.full(size, start.get(name, 0), dtype=dtype, device=device)
@@ -151,6 +167,7 @@ def merged(a: LayerStatistics, b: LayerStatistics) -> LayerStatistics:
     samples = _least_drawn(
         *(torch.cat([getattr(x, name) for x in (a, b)]) for name in ("sample_draws", *_SAMPLES))
     )
+    samples |= _winners(a.tensors(), b.tensors())
     pairs = {name: (x, b.tensors()[name]) for name, x in a.tensors().items() if name not in samples}
     combine = dict.fromkeys(_MINIMA, torch.minimum) | dict.fromkeys(_MAXIMA, torch.maximum)
     sums = {name: combine.get(name, torch.add)(x, y) for name, (x, y) in pairs.items()}
@@ -164,6 +181,55 @@ def _least_drawn(draws: Tensor, *samples: Tensor) -> dict[str, Tensor]:
     return {"sample_draws": draws[:SAMPLED]} | {
         name: x[order] for name, x in zip(_SAMPLES, samples, strict=True)
     }
+
+
+def _winners(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each race that was run in two parts, the winner of both."""
+    first = a["races"] <= b["races"]
+
+    def pick(x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(first.view(-1, *[1] * (x.dim() - 1)), x, y)
+
+    return {name: pick(a[name], b[name]) for name in ("races", *_WON)}
+
+
+def add_gradients(
+    statistics: LayerStatistics,
+    k: Tensor,
+    v: Tensor,
+    k_grad: Tensor,
+    v_grad: Tensor,
+    generator: torch.Generator,
+) -> None:
+    """Add one prompt's body tokens k [H, T, D], v [H, T, E] and the gradients at them, of the same shapes.
+
+    A token weighs as much as errors in it cost, c = |g|². Means and covariances are of weighed tokens; samples are
+    drawn with replacement, a token as often as it weighs on average over heads, K and V: the least of exponential
+    variables is that of a token in proportion to its rate, and stays so when prompts are added.
+    """
+    held, costs = statistics.tensors(), []
+    around = page_means(k)
+    for name, x, grad in (("k", k, k_grad), ("v", v, v_grad)):
+        g, exact = grad.double(), x.double()
+        cost = g.square().sum(-1)  # [H, T]
+        held[f"{name}_grad"].baddbmm_(g.mT, g)
+        held[f"{name}_cost_sum"].add_((cost[..., None] * exact).sum(1))
+        held[f"{name}{name}_cost_sum"].baddbmm_((cost[..., None] * exact).mT, exact)
+        costs.append(cost)
+    within = k.double() - around
+    statistics.k_page_cost_sum.baddbmm_((costs[0][..., None] * within).mT, within)
+    every = torch.cat(costs)  # [2 H, T]
+    rate = (every / every.sum(1, keepdim=True).clamp_min(torch.finfo(every.dtype).tiny)).mean(0)
+    if not bool(rate.sum() > 0):
+        return  # nothing was seen: no errors cost anything
+    rate = rate / rate.sum() * k.shape[1]
+    races = torch.empty(SAMPLED, dtype=torch.float64).exponential_(generator=generator) / k.shape[1]
+    token = torch.multinomial(rate, SAMPLED, replacement=True, generator=generator)
+    values = (x[:, token].transpose(0, 1).float() for x in (k, around, v))
+    weights = ((cost / rate)[:, token].mT.float() for cost in costs)
+    new = dict(zip(("races", *_WON), (races, *values, *weights)))
+    for name, tensor in _winners(held, new).items():
+        held[name].copy_(tensor)
 
 
 def add_prompt(

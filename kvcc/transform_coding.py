@@ -8,7 +8,7 @@ is exact for convex curves; Shoham & Gersho, 1988). Everything is float64 and by
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,11 +16,10 @@ from torch import Tensor
 
 Basis = Literal["native", "hadamard", "pca", "dual"]
 
-WIDTHS = (0, 1, 2, 3, 4, 8)
+WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 QUANTUM = 8  # channels that share a width: what a packed run of values must be a multiple of
-RANGES = 1.5 * 1.11 ** torch.arange(
-    32, dtype=torch.float64
-)  # candidates for all steps together, in deviations
+RANGES = 1.5 * 1.11 ** torch.arange(32).double()  # candidates for all steps together, in deviations
+COARSE = 4  # of which one in so many is tried first
 
 
 @dataclass(frozen=True)
@@ -74,12 +73,23 @@ def shrunk(metric: Tensor, share: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Observed:
-    """What calibration saw of one side of a layer: samples [H, S, D], mean [H, D], covariance and metric [H, D, D]."""
+    """What calibration saw of one side of a layer: samples [H, S, D], mean [H, D], covariance and metric [H, D, D].
+
+    `weights` [H, S] of the samples, of mean 1; None: all alike.
+    """
 
     samples: Tensor
     mean: Tensor
     covariance: Tensor
     metric: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """Weights [H, S, 1], float64."""
+        if self.weights is None:
+            return torch.ones(*self.samples.shape[:2], 1, dtype=torch.float64)
+        return self.weights[..., None].double()
 
 
 def widened(side: Observed, spread: float, seed: int) -> Observed:
@@ -92,21 +102,30 @@ def widened(side: Observed, spread: float, seed: int) -> Observed:
     noise = torch.randn(side.samples.shape, generator=torch.Generator().manual_seed(seed))
     samples = side.samples + noise * variance.sqrt().to(noise.dtype)
     covariance = side.covariance + variance * torch.eye(size, dtype=variance.dtype)
-    return Observed(samples, side.mean, covariance, side.metric)
+    return replace(side, samples=samples, covariance=covariance)
 
 
 def joint(side: Observed, count: int) -> Observed:
     """The same of every `count` heads side by side, [H / count, ..., count * D].
 
     Statistics hold no covariances between heads, so these come from the samples; errors of different heads are
-    taken to cost what they cost alone.
+    taken to cost what they cost alone, and a sample weighs what errors in all its heads cost.
     """
     if count == 1:
         return side
     samples = side.samples.unflatten(0, (-1, count)).transpose(1, 2).flatten(2)
     mean = side.mean.unflatten(0, (-1, count)).flatten(1)
+    cost = side.metric.diagonal(dim1=1, dim2=2).sum(-1)[:, None, None].clamp_min(1e-30)
+    weights = (side.weight * cost).unflatten(0, (-1, count)).sum(1)[..., 0]
+    found = Observed(
+        samples,
+        mean,
+        _blocks(side.metric, count),
+        _blocks(side.metric, count),
+        weights / weights.mean(1, keepdim=True),
+    )
     x = samples.double() - mean[:, None]
-    return Observed(samples, mean, x.mT @ x / max(1, x.shape[1]), _blocks(side.metric, count))
+    return replace(found, covariance=x.mT @ (x * found.weight) / max(1, x.shape[1]))
 
 
 def _blocks(matrices: Tensor, count: int) -> Tensor:
@@ -116,42 +135,61 @@ def _blocks(matrices: Tensor, count: int) -> Tensor:
 
 def coder(side: Observed, kind: Basis, *, scaled: bool, seed: int, joint_heads: int = 1) -> Coder:
     """Fit one side of a layer. `scaled`: tokens will have scales of their own."""
-    samples, mean, metric = side.samples, side.mean, side.metric
+    samples, mean, metric, share = side.samples, side.mean, side.metric, side.weight
     forward, inverse = basis_of(kind, side.covariance, metric, seed, joint_heads)
     x = (samples.double() - mean[:, None]) @ forward
     weight = torch.einsum("hcd,hde,hce->hc", inverse, metric, inverse)  # of a channel's squared error
-    order = (weight * x.square().mean(1)).argsort(-1, descending=True)
+    order = (weight * (share * x.square()).mean(1)).argsort(-1, descending=True)
     forward = forward.gather(-1, order[:, None].expand_as(forward))
     inverse = inverse.gather(1, order[..., None].expand_as(inverse))
     x, weight = x.gather(-1, order[:, None].expand_as(x)), weight.gather(-1, order)
-    scale = _scales(x) if scaled else torch.ones_like(x[..., :1])
-    steps, error = _steps(x / scale, scale)
+    scale = _scales(x, share) if scaled else torch.ones_like(x[..., :1])
+    steps, error = _steps(x / scale, share, scale)
     return Coder(mean, forward, inverse, steps, 0.5 * weight[..., None] * error)
 
 
-def _scales(x: Tensor) -> Tensor:
+def _scales(x: Tensor, share: Tensor) -> Tensor:
     """Scales [H, S, 1] that tokens x [H, S, D] will have, before steps are known: by their size in deviations."""
-    deviation = x.square().mean(1, keepdim=True).sqrt().clamp_min(1e-12)
+    deviation = (share * x.square()).mean(1, keepdim=True).sqrt().clamp_min(1e-12)
     return (x / deviation).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def _steps(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Best steps of x [H, S, D] for every width, and the mean squared error of x * scale with them: [H, D, W] each."""
-    deviation = x.square().mean(1).sqrt().clamp_min(1e-12)
-    weight = scale.square()
+def _steps(x: Tensor, share: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Best steps of x [H, S, D], tokens weighing `share` [H, S, 1], for every width, and the mean squared error of
+    x * scale with them: [H, D, W] each.
+    """
+    deviation = (share * x.square()).mean(1).sqrt().clamp_min(1e-12)
+    weight = share * scale.square()
     steps, errors = [deviation], [(x.square() * weight).mean(1)]
     for bits in WIDTHS[1:]:
-        half = 2.0 ** (bits - 1)
-        best, chosen = torch.full_like(deviation, torch.inf), deviation
-        for span in RANGES:
-            step = span * deviation / 2**bits
-            codes = (x / step[:, None]).floor().clamp(-half, half - 1) + 0.5
-            error = ((codes * step[:, None] - x).square() * weight).mean(1)
-            chosen = torch.where(error < best, step, chosen)
-            best = torch.minimum(best, error)
-        steps.append(chosen)
+        best, chosen = torch.full_like(deviation, torch.inf), torch.zeros_like(deviation, dtype=torch.int64)
+        coarse = [torch.full_like(chosen, index) for index in range(COARSE // 2, len(RANGES), COARSE)]
+        best, chosen = _better(x, weight, deviation, bits, coarse, best, chosen)
+        near = [(chosen + away).clamp(0, len(RANGES) - 1) for away in range(1 - COARSE, COARSE) if away]
+        best, chosen = _better(x, weight, deviation, bits, near, best, chosen)
+        steps.append(RANGES[chosen] * deviation / 2**bits)
         errors.append(best)
     return torch.stack(steps, -1), torch.stack(errors, -1)
+
+
+def _better(
+    x: Tensor,
+    weight: Tensor,
+    deviation: Tensor,
+    bits: int,
+    ranges: list[Tensor],
+    best: Tensor,
+    chosen: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The least errors [H, D] and the ranges that have them, of those known and of `ranges`, indices into RANGES."""
+    half = 2.0 ** (bits - 1)
+    for index in ranges:
+        step = (RANGES[index] * deviation / 2**bits)[:, None]
+        codes = (x / step).floor().clamp(-half, half - 1) + 0.5
+        error = ((codes * step - x).square() * weight).mean(1)
+        chosen = torch.where(error < best, index, chosen)
+        best = torch.minimum(error, best)
+    return best, chosen
 
 
 def give_bits(costs: Sequence[Tensor], budget: float) -> list[Tensor]:

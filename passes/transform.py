@@ -32,6 +32,7 @@ from kvcc.transform_coding import (
     shrunk,
     widened,
 )
+from kvcc.weighed import weighed_keys, weighed_values
 
 
 class Transform(Pass):
@@ -72,7 +73,7 @@ class Transform(Pass):
         description="whether the KV heads of a layer share one allocation (fewer GPU kernels) or have their own",
     )
     metric: Literal["auto", "fisher", "output"] = Field("auto", description="what errors cost")
-    shrinkage: float = Field(0.1, ge=0, le=1, description="of the metric towards the identity")
+    shrinkage: float = Field(0.3, ge=0, le=1, description="of the metric towards the identity")
     spread: float = Field(
         0.3, ge=0, le=10, description="of the mean variance, added to every direction for text of other kinds"
     )
@@ -98,14 +99,10 @@ class Transform(Pass):
                 "use kivi"
             )
         check_joint_heads(index, layer, self.joint_heads)
-        no_mean = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
-        v_mean = torch.zeros_like(profile.v_mean(index)) if no_mean else profile.v_mean(index)
-        v_cov = profile.vv(index) if no_mean else profile.v_cov(index)
         k_metric, v_metric = (shrunk(m, self.shrinkage) for m in self._metrics(compilation, index))
-        sides = (
-            (self.k_basis, self._keys(profile, index, k_metric)),
-            (self.v_basis, Observed(profile.samples(index)[1], v_mean, v_cov, v_metric)),
-        )
+        # Weights that do not sum to one would lose V's mean.
+        values = self._values(profile, index, v_metric, centred=not compilation.specs()[index].has_sinks)
+        sides = ((self.k_basis, self._keys(profile, index, k_metric)), (self.v_basis, values))
         many = self.joint_heads
         k_coder, v_coder = (
             coder(
@@ -121,16 +118,31 @@ class Transform(Pass):
 
     def _keys(self, profile: Profile, index: int, metric: Tensor) -> Observed:
         """Keys as pages will hold them: with page means, what differs from these."""
+        if self._fisher(profile):
+            seen = weighed_keys(profile, index, within_pages=self.page_means)
+            return Observed(seen.samples, seen.mean, seen.covariance, metric, seen.weights)
         k, mean = profile.samples(index)[0], profile.k_mean(index)
         if not self.page_means:
             return Observed(k, mean, profile.k_cov(index), metric)
         within = k - profile.page_samples(index) + mean[:, None]
         return Observed(within, mean, profile.k_page_cov(index), metric)
 
+    def _values(self, profile: Profile, index: int, metric: Tensor, *, centred: bool) -> Observed:
+        """Values; not `centred`: about 0."""
+        if self._fisher(profile):
+            seen = weighed_values(profile, index, centred=centred)
+            return Observed(seen.samples, seen.mean, seen.covariance, metric, seen.weights)
+        covariance = profile.v_cov(index) if centred else profile.vv(index)
+        return Observed(profile.samples(index)[1], profile.v_mean(index) * centred, covariance, metric)
+
+    def _fisher(self, profile: Profile) -> bool:
+        """Whether errors cost what gradients say."""
+        return self.metric == "fisher" or (self.metric == "auto" and profile.has_gradients)
+
     def _metrics(self, compilation: Compilation, index: int) -> tuple[Tensor, Tensor]:
         """What errors in K and V of a layer cost, [H, D, D] each."""
         profile, layer = compilation.need_profile(self.name), compilation.plan.layers[index]
-        if self.metric == "fisher" or (self.metric == "auto" and profile.has_gradients):
+        if self._fisher(profile):
             if not profile.has_gradients:
                 raise PassError(
                     "transform: metric fisher needs gradients in the profile; run kvcc calibrate --gradients"

@@ -66,7 +66,8 @@ def naive(
     out = {
         name: np.zeros([int(n) for n in size])
         for name, (_, size) in statistics.layout(shape).items()
-        if not name.endswith(("sketch", "sample", "draws", "grad")) and name != "grad_rows"
+        if not name.endswith(("sketch", "sample", "draws", "grad", "grad_rows", "cost_sum", "races"))
+        and "_won" not in name
     }
     for name in ("k_min", "v_min"):
         out[name][:] = np.inf
@@ -293,7 +294,7 @@ def test_merging_equals_one_measurement_of_both() -> None:
         ),
         ({"model": MODEL.model_copy(update={"tokenizer_digest": "sha256:x"})}, "tokenizer differs"),
         ({"model": MODEL.model_copy(update={"dtype": "float16"})}, "dtype differs: float32 and float16"),
-        ({"statistics_version": 3}, "statistics version differs: 4 and 3"),
+        ({"statistics_version": 4}, "statistics version differs: 5 and 4"),
         ({"positions": 512}, "positions differs: 0 and 512"),
         ({"skip_first": 4}, "skip_first differs: 16 and 4"),
         ({"shapes": (GQA, replace(GQA, scale=1.0))}, "layer shapes differ"),
@@ -432,7 +433,7 @@ def test_damaged_profiles_are_refused_with_one_line(tmp_path: Path) -> None:
             Profile.load(tmp_path)
 
     tensors = {"file": "statistics-0123456789abcdef.safetensors", "sha256": "0" * 64}
-    damaged("schema 2 with statistics 4; this kvcc reads schema 1", schema_version=2, novelty=1)
+    damaged("schema 2 with statistics 5; this kvcc reads schema 1", schema_version=2, novelty=1)
     damaged("schema 1 with statistics 9.*calibrate again", statistics_version=9)
     damaged("novelty: Extra inputs are not permitted", novelty=1)
     damaged("skip_first: Input should be greater than or equal to 0", skip_first=-1)

@@ -101,7 +101,7 @@ def test_steps_are_the_best_of_their_neighbourhood() -> None:
 
 
 @given(
-    st.lists(st.lists(st.floats(0.01, 1.0), min_size=5, max_size=5), min_size=1, max_size=4),
+    st.lists(st.lists(st.floats(0.01, 1.0), min_size=7, max_size=7), min_size=1, max_size=3),
     st.integers(0, 30),
 )
 @settings(deadline=None)
@@ -168,7 +168,9 @@ def model_of(profile: Profile, options: str, backend: object = reference) -> Com
 def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
     (row,) = tokens(60)
     (found,) = stepwise(model_of(profile, f"bits: 9, spread: 0{options}"), [row], [20, 33, 47])
-    torch.testing.assert_close(found, transformers_logits("llama", row), atol=0.05, rtol=0.05)
+    # 32 channels side by side have steps from 400 tokens, most of which weigh little.
+    atol = 0.1 if "joint_heads" in options else 0.05
+    torch.testing.assert_close(found, transformers_logits("llama", row), atol=atol, rtol=0.05)
 
 
 def test_a_byte_less_costs_more(profile: Profile) -> None:
