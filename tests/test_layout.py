@@ -172,7 +172,7 @@ def test_constant_groups_come_back(value: float, bits: int) -> None:
     ("tokens", "side", "message"),
     [
         (12, Side((Plane(4, 8),), "tokens", 4), "page of 12 tokens: use a multiple of 8"),
-        (16, Side((Plane(5, 8),), "tokens", 8), "width 7 is unknown"),
+        (16, Side((Plane(7, 8),), "tokens", 8), "width 7 is unknown"),
         (16, Side((Plane(4, 0),), "tokens", 8), "leave it out"),
         (16, Side((Plane(4, 8),), "tokens", 12), "group_size 12 does not divide 16 page tokens"),
         (16, Side((Plane(4, 24),), "channels", 16), "group_size 16 does not divide 24 plane channels"),
