@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcc.profile import Profile, covariance
 from kvcc.statistics import LayerStatistics
 
-PLAIN = 0.1  # share of the weight that tokens have without regard to cost
+PLAIN = 0.03  # share of the weight that tokens have without regard to cost
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Transform(Pass):
         description="whether the KV heads of a layer share one allocation (fewer GPU kernels) or have their own",
     )
     metric: Literal["auto", "fisher", "output"] = Field("auto", description="what errors cost")
-    shrinkage: float = Field(0.3, ge=0, le=1, description="of the metric towards the identity")
+    shrinkage: float = Field(0.15, ge=0, le=1, description="of the metric towards the identity")
     spread: float = Field(
         0.3, ge=0, le=10, description="of the mean variance, added to every direction for text of other kinds"
     )
