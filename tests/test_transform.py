@@ -142,7 +142,8 @@ def test_token_scales_are_the_best_candidates() -> None:
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    prompts = tuple(TokenPrompt(tuple(ids), str(i)) for i, ids in enumerate(tokens(150, 140, 130, seed=7)))
+    texts = tokens(*(150, 140, 130) * 2, seed=7)
+    prompts = tuple(TokenPrompt(tuple(ids), str(i)) for i, ids in enumerate(texts))
     sets = [PromptSet("random", "sha256:0", 7, prompts)]
     return calibrate(tiny_graph("llama"), sets, skip_first=2, gradients=True)
 
@@ -168,8 +169,9 @@ def model_of(profile: Profile, options: str, backend: object = reference) -> Com
 def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
     (row,) = tokens(60)
     (found,) = stepwise(model_of(profile, f"bits: 9, spread: 0{options}"), [row], [20, 33, 47])
-    # Steps come from 400 tokens, most of which weigh little.
-    torch.testing.assert_close(found, transformers_logits("llama", row), atol=0.1, rtol=0.05)
+    # 32 channels side by side have steps from 800 tokens, most of which weigh little.
+    atol = 0.1 if "joint_heads" in options else 0.05
+    torch.testing.assert_close(found, transformers_logits("llama", row), atol=atol, rtol=0.05)
 
 
 def test_a_byte_less_costs_more(profile: Profile) -> None:
