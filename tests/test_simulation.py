@@ -20,7 +20,7 @@ from kvcc.calibration_data import held_out, load_prompts
 from kvcc.frontend import LoadedModel, capture, load_model, runtime_tokenizer
 from kvcc.graph import Graph, attention_nodes
 from kvcc.kernels import backend
-from kvcc.measure import TextAgreement, teacher_forced
+from kvcc.measure import TextAgreement, expected_logits, teacher_forced
 from kvcc.pipeline import run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import load_recipe
@@ -55,7 +55,16 @@ def _compiled(recipe: str) -> CompiledModel:
 
 @lru_cache
 def _measured(recipe: str) -> TextAgreement:
-    return teacher_forced(_compiled(recipe), _compiled("exact"), _texts(), kind="prose", context=CONTEXT)
+    exact = _compiled("exact")
+    return teacher_forced(
+        _compiled(recipe), exact, _texts(), kind="prose", context=CONTEXT, expected=_expected()
+    )
+
+
+@lru_cache
+def _expected() -> list[Tensor]:
+    """The uncompressed model's logits of each text's tokens from CONTEXT on, [tokens, vocabulary] each."""
+    return [expected_logits(_compiled("exact"), text, CONTEXT) for text in _texts()]
 
 
 def _fake_quantised(x: Tensor, bits: int, group: int, dim: int) -> Tensor:
@@ -105,9 +114,11 @@ def _losses(run: Callable[..., Tensor]) -> list[float]:
     return found
 
 
-@lru_cache
 def _reference_losses() -> list[float]:
-    return _losses(_model()[1].module)
+    return [
+        cross_entropy(logits, torch.tensor(text[CONTEXT:])).item()
+        for logits, text in zip(_expected(), _texts())
+    ]
 
 
 def _simulated_perplexity_increase(bits: int, group: int) -> float:
