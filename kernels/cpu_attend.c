@@ -1124,6 +1124,31 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
     if (s->steps == ADAPTIVE) zero_tail(page, s->zeros + 2 * runs * ng);
 }
 
+/* Squared distances of x[0 … n-1] over each candidate scale from the nearest normal levels, times the scale squared. */
+static void add_level_errors(const float *x, i64 n, const float *sizes, int count, float errors[16]) {
+    for (int code = 0; code < 16; code++) {
+        float inverse = 1.0f / scale_of_code[code], scale = scale_of_code[code];
+        vf total = {0};
+        float rest = 0;
+        i64 i = 0;
+        for (; i + VL <= n; i += VL) {
+            vf size = load(x + i) * inverse, nearest = broadcast(INFINITY);
+            size = vmax(size, -size);
+            for (int j = 0; j < count; j++) {
+                vf off = size - sizes[j];
+                nearest = vmin(nearest, off * off);
+            }
+            total += nearest;
+        }
+        for (; i < n; i++) {
+            float size = fabsf(x[i] * inverse), nearest = INFINITY;
+            for (int j = 0; j < count; j++) nearest = MIN(nearest, (size - sizes[j]) * (size - sizes[j]));
+            rest += nearest;
+        }
+        errors[code] += (sum(total) + rest) * scale * scale;
+    }
+}
+
 /* Squared distances of x[0 … n-1] over each candidate scale from the middles of unit steps, times the scale squared. */
 static void add_errors(const float *x, i64 n, float half_range, float errors[16]) {
     for (int code = 0; code < 16; code++) {
@@ -1207,7 +1232,11 @@ static void seal_token_scales(const Seal *c, const Layout *layout, i64 first_tok
             const Section *s = layout->sections + j;
             for (i64 d = 0; d < s->channels; d++) x[d] = element_at(from->type, row, (s->first + d) * from->stride[3]);
             if (means) less_means(s, 1, means, layout->page_means[2 * h + 1], x);
-            add_errors(x, s->channels, (float)(1 << (s->bits - 1)), errors);
+            int half_ = 1 << (s->bits - 1);
+            if (s->levels == NORMAL)
+                add_level_errors(x, s->channels, magnitudes(s->levels, s->bits), half_, errors);
+            else
+                add_errors(x, s->channels, (float)half_, errors);
         }
         int best = first < last ? 0 : 3;
         for (int code = 1; code < 16 && first < last; code++)

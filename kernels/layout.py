@@ -14,11 +14,12 @@ of b bits stands for `q + 1/2 - 2^(b-1)`. `token_scales` then follow the planes 
 packed as one run, for the factor `2^((e - 3) / 3)` by which its values were divided before they were rounded.
 `page_means` of K follow them: for each of so many channels, the first ones, a code of 8 bits with sign, for the mean of
 the page's tokens that was subtracted before anything else. It counts in sixteenths of what the channel's codes span,
-2^b / 16 for b bits, and channels behind the planes, of which nothing else is stored, have b = 0.
+2^b / 16 for b bits of uniform levels, and channels behind the planes, of which nothing else is stored, have b = 0.
 
 `levels` other than "uniform" are lists of numbers that a sign and a magnitude choose from (see `levels.py`): with unit
 steps a code stands for its level; with `steps = "scaled"` for the level times its group's scale, which is float16, or
-e4m3 for levels e2m1 (NVFP4's blocks). There are no zeros then. `clip` narrows the range of adaptive steps, in percent.
+e4m3 for levels e2m1 (NVFP4's blocks). There are no zeros then. With unit steps, planes of widths that have no normal
+levels have uniform ones. `clip` narrows the range of adaptive steps, in percent.
 
 Codes of one packed run (see `packed_bytes`): `n` codes of width b in {1, 2, 4, 8} take n*b/8 bytes, byte i holding
 codes i, i + n*b/8, i + 2*n*b/8, … from its low bits up, so that unpacking yields contiguous codes. Widths 3, 5 and 6
@@ -39,7 +40,7 @@ from typing import Literal
 import torch
 
 from kvcc.errors import PlanError
-from kvcc.kernels.levels import BITS_OF, Levels
+from kvcc.kernels.levels import BITS_OF, Levels, magnitudes
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16, 32)
 SPLIT = {
@@ -191,9 +192,10 @@ def _stored(sections: tuple[Section, ...]) -> int:
     return sum(s.channels for s in sections)
 
 
-def page_mean_step(bits: int) -> float:
+def page_mean_step(bits: int, levels: Levels = "uniform") -> float:
     """What a code of a page mean counts, for a channel of `bits` bits."""
-    return float(2**bits) / PAGE_MEAN_STEPS
+    span = float(2**bits) if levels == "uniform" else 2 * magnitudes(levels, bits)[-1]
+    return span / PAGE_MEAN_STEPS
 
 
 def scale_bytes(levels: Levels) -> int:
@@ -258,7 +260,7 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
             Section(
                 *(plane.bits, plane.channels, first, side.groups, side.group_size, codes, scales, zeros),
                 steps=side.steps,
-                levels=side.levels,
+                levels=_levels_of(side, plane),
                 clip=side.clip,
             )
         )
@@ -266,12 +268,19 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
     return tuple(sections), offset
 
 
+def _levels_of(side: Side, plane: Plane) -> Levels:
+    """A side's, but uniform for a plane of unit steps that is too wide for normal ones."""
+    wide = side.steps == "unit" and side.levels == "normal" and plane.bits not in BITS_OF["normal"]
+    return "uniform" if wide else side.levels
+
+
 def _check_side(side: Side, where: str) -> None:
     if side.token_scales and side.steps != "unit":
         raise PlanError(f"{where}: token_scales go with unit steps; others have scales of their own")
-    if side.page_means < 0 or (side.page_means and (side.steps != "unit" or side.levels != "uniform")):
+    adds_up = side.steps == "unit" and side.levels in ("uniform", "normal")
+    if side.page_means < 0 or (side.page_means and not adds_up):
         raise PlanError(
-            f"{where}: page_means {side.page_means}: a number of channels, with unit steps of uniform levels"
+            f"{where}: page_means {side.page_means}: a number of channels, with unit steps of uniform or normal levels"
         )
     _check_levels(side, where)
     if side.steps != "unit":
@@ -289,13 +298,15 @@ def _check_levels(side: Side, where: str) -> None:
         raise PlanError(f"{where}: levels {side.levels} do not go with steps {side.steps}")
     if side.levels != "uniform":
         for plane in side.planes:
-            if plane.bits not in BITS_OF[side.levels]:
+            if _levels_of(side, plane) != "uniform" and plane.bits not in BITS_OF[side.levels]:
                 raise PlanError(
                     f"{where}: levels {side.levels} have {' or '.join(map(str, BITS_OF[side.levels]))} bits, "
                     f"not {plane.bits}"
                 )
-        if side.token_scales:
-            raise PlanError(f"{where}: token_scales are chosen for uniform levels, not {side.levels}")
+        if side.token_scales and side.levels != "normal":
+            raise PlanError(
+                f"{where}: token_scales are chosen for uniform or normal levels, not {side.levels}"
+            )
     if not 1 <= side.clip <= 100 or (side.clip < 100 and side.steps != "adaptive"):
         raise PlanError(f"{where}: clip {side.clip}: use 1 to 100 percent, with adaptive steps")
 

@@ -37,5 +37,7 @@ def mean_steps(layout: PageLayout, channels: int) -> Tensor:
         steps[head, :count] = page_mean_step(0)
         for section in sections:
             last = min(count, section.first_channel + section.channels)
-            steps[head, section.first_channel : last] = page_mean_step(section.bits) if count else 0.0
+            steps[head, section.first_channel : last] = (
+                page_mean_step(section.bits, section.levels) if count else 0.0
+            )
     return steps

@@ -3,12 +3,14 @@
 In plain torch, for the reference and for triton; `cpu_attend.c` does the same.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kvcc.kernels.layout import TOKEN_SCALE_BITS, TOKEN_SCALE_OCTAVE, TOKEN_SCALE_ONE, PageLayout, Section
+from kvcc.kernels.levels import nearest, values_of
 
 
 def scale_of(codes: Tensor) -> Tensor:
@@ -37,15 +39,16 @@ def scaled_tokens(
         return x, None
     half = _half_ranges(sections, places, x.shape[-1]).to(x.device)[:, None]  # [Hkv, 1, C]
     x = x.float()
-    codes = token_scales(x, half)
+    normal = [(bits, at.to(x.device)[:, None]) for bits, at in _normal_channels(sections, x.shape[-1])]
+    codes = token_scales(x, half, normal)
     return x / scale_of(codes)[..., None], codes
 
 
-def token_scales(x: Tensor, half_range: Tensor) -> Tensor:
-    """Codes [...] of the scales with which values x [..., C] of a token lie closest to unit grids; the least of equals.
+def token_scales(x: Tensor, half_range: Tensor, normal: Sequence[tuple[int, Tensor]] = ()) -> Tensor:
+    """Codes [...] of the scales with which values x [..., C] of a token lie closest to levels; the least of equals.
 
     half_range: 2^(bits - 1) of each channel, broadcast to x; 0 where a channel does not count. The code of 1 where
-    none counts.
+    none counts. normal: widths of normal levels, and which channels have them, broadcast to x; others have unit grids.
     """
     best = torch.full(x.shape[:-1], torch.inf, device=x.device)
     chosen = torch.full(x.shape[:-1], TOKEN_SCALE_ONE, dtype=torch.uint8, device=x.device)
@@ -54,11 +57,27 @@ def token_scales(x: Tensor, half_range: Tensor) -> Tensor:
         scale = float(scale_of(torch.tensor(code)))
         steps = x / scale
         rounded = steps.floor().clamp(-half_range, half_range - 1) + 0.5
+        for bits, at in normal:
+            rounded = torch.where(at, values_of(nearest(steps, "normal", bits), "normal", bits), rounded)
         error = (rounded - steps).square().mul(counts).sum(-1) * scale**2
         closer = (error < best) & (counts.sum(-1) > 0)
         best = torch.where(closer, error, best)
         chosen = torch.where(closer, code, chosen)
     return chosen
+
+
+@lru_cache(maxsize=256)
+def _normal_channels(
+    sections: tuple[tuple[Section, ...], ...], channels: int
+) -> tuple[tuple[int, Tensor], ...]:
+    """Widths of planes with normal levels, and whether channels lie in one: bool [Hkv, C]."""
+    found: dict[int, Tensor] = {}
+    for head, planes in enumerate(sections):
+        for plane in planes:
+            if plane.levels == "normal":
+                at = found.setdefault(plane.bits, torch.zeros(len(sections), channels, dtype=torch.bool))
+                at[head, plane.first_channel : plane.first_channel + plane.channels] = True
+    return tuple(found.items())
 
 
 @lru_cache(maxsize=256)

@@ -236,7 +236,10 @@ def _mean_queries(q_rows, exists, scale, K: tl.constexpr, COUNT: tl.constexpr, W
     step = tl.full([WIDTH], 0.0625, tl.float32)  # of channels behind the planes
     for p in tl.static_range(len(K)):
         inside = (channel >= K[p][3]) & (channel < K[p][3] + K[p][1])
-        step = tl.where(inside, 0.0625 * (1 << K[p][0]), step)
+        if K[p][10] == 1:  # normal levels span twice the largest magnitude
+            step = tl.where(inside, 0.125 * K[p][11][(1 << (K[p][0] - 1)) - 1], step)
+        else:
+            step = tl.where(inside, 0.0625 * (1 << K[p][0]), step)
     mask = exists[:, None] & (channel < COUNT)[None, :]
     x = tl.load(q_rows[:, None] + channel[None, :], mask=mask, other=0).to(tl.float32)
     return x * (step * scale)[None, :]

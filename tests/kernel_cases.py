@@ -294,6 +294,16 @@ def _levels() -> Iterator[Spec]:
         v = levelled("normal", bits, 64, 32)
         yield Spec(f"normal{bits}", (k, k), (v, v), group=3)
     yield Spec("normal-unit", (levelled("normal", 3, 64, 0, "tokens"),), (levelled("normal", 2, 40),))
+    k = unit("tokens", (8, 8), (5, 8), (4, 8), (3, 8), (2, 16), (1, 8))
+    k, v = (
+        replace(side, levels="normal")
+        for side in (replace(k, page_means=64), unit("channels", (6, 8), (4, 8), (3, 8), (2, 8), (1, 16)))
+    )
+    yield Spec("normal-mixed", (k, k), (v, v), group=3, bias=True)
+    yield Spec("normal-mixed-float16", (k,), (v,), group=4, dtype=torch.float16)
+    yield Spec("normal-queries70", (k,) * 2, (v,) * 2, queries=70, lengths=(300, 0, 20))
+    plain = unit("tokens", (3, 40)), unit("channels", (4, 24), (2, 16))
+    yield Spec("normal-per-head", (k, plain[0]), (v, plain[1]), lengths=(300, 113))
     clipped = replace(side("channels", 32, (2, 64)), clip=92)
     yield Spec("clipped", (clipped, clipped), (clipped, clipped))
 

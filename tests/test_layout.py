@@ -181,8 +181,8 @@ def test_constant_groups_come_back(value: float, bits: int) -> None:
         (16, Side((Plane(4, 8),), "tokens", steps="unit", page_means=-1), "page_means -1: .* unit steps"),
         (
             16,
-            Side((Plane(4, 8),), "tokens", steps="unit", levels="normal", page_means=8),
-            "page_means 8: .* uniform levels",
+            Side((Plane(8, 8),), "tokens", steps="unit", levels="e4m3", page_means=8),
+            "page_means 8: .* uniform or normal levels",
         ),
         (
             16,
@@ -199,9 +199,12 @@ def test_layouts_that_do_not_come_out_even(tokens: int, side: Side, message: str
 @pytest.mark.parametrize(
     ("side", "message"),
     [
-        (Side((Plane(4, 8),), "tokens", 8, page_means=8), "K: page_means 8: .* unit steps of uniform levels"),
+        (
+            Side((Plane(4, 8),), "tokens", 8, page_means=8),
+            "K: page_means 8: .* unit steps of uniform or normal levels",
+        ),
         (Side((), "tokens", 8, page_means=1), "K: page_means 1: "),
-        (Side((Plane(3, 8),), "tokens", steps="unit", levels="normal", page_means=8), "K: page_means 8: "),
+        (Side((Plane(8, 8),), "tokens", steps="unit", levels="e4m3", page_means=8), "K: page_means 8: "),
         (Side((Plane(3, 8),), "tokens", 8, "scaled", levels="normal", page_means=8), "K: page_means 8: "),
         (
             Side((Plane(4, 8),), "tokens", steps="unit", page_means=-1),
@@ -210,7 +213,7 @@ def test_layouts_that_do_not_come_out_even(tokens: int, side: Side, message: str
         (Side((Plane(4, 8),), "tokens", 8, page_means=-1), "K: page_means -1: "),
     ],
 )
-def test_page_means_go_with_unit_steps_of_uniform_levels(side: Side, message: str) -> None:
+def test_page_means_go_with_unit_steps_of_uniform_or_normal_levels(side: Side, message: str) -> None:
     other = Side((Plane(4, 8),), "tokens", 8)
     with pytest.raises(PlanError, match=f"KV head 1, {message}"):
         page_layout(16, (other, side), (other, other))

@@ -242,11 +242,15 @@ def _scaled_tokens(side: SidePages, x: Value, tokens: int) -> tuple[Value, Value
     for run in side.runs:
         half[list(run.channels)] = 2.0 ** (run.like.bits - 1)
     half = half.reshape(1, len(side.stored), side.width, 1)
+    like_normal = [run for run in side.runs if run.like.levels == "normal"]
     half[:, [h for h in range(len(side.stored)) if h not in side.scaled_heads]] = 0
     candidates = scale_of(torch.arange(2**TOKEN_SCALE_BITS)).numpy()
     scales = constant(candidates.reshape(-1, 1, 1, 1))
     steps = op.Div(op.Unsqueeze(x, shape(2)), scales)  # [B, P, 16, H, C, T]
     rounded = op.Add(op.Min(op.Max(op.Floor(steps), constant(-half)), constant(half - 1)), constant(0.5))
+    for run in like_normal:
+        at = np.isin(np.arange(len(side.stored) * side.width), run.channels).reshape(half.shape)
+        rounded = op.Where(constant(at, bool), _levels(_nearest(steps, run), run), rounded)
     off = op.Mul(op.Sub(rounded, steps), constant((half > 0).astype(np.float32)))
     error = op.ReduceSum(op.Mul(off, off), shape(4), keepdims=0)
     error = op.Mul(error, constant((candidates**2).reshape(-1, 1, 1)))
