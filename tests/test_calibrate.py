@@ -450,7 +450,8 @@ def test_the_command_has_the_librarys_defaults() -> None:
 def test_a_run_that_was_killed_ends_with_the_same_profile(
     model_folder: Path, tmp_path: Path, kills: int
 ) -> None:
-    data = lines_of_text(tmp_path / "data.jsonl", 100)
+    samples = 25 * kills + 15  # so many that none ends before it is killed
+    data = lines_of_text(tmp_path / "data.jsonl", samples)
     state = tmp_path / "p.partial"
     arguments = [
         str(model_folder),
@@ -459,7 +460,7 @@ def test_a_run_that_was_killed_ends_with_the_same_profile(
         "--field",
         "said",
         "--samples",
-        "100",
+        str(samples),
         "--length",
         "128",
     ]

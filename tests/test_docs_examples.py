@@ -82,7 +82,17 @@ def test_the_tour_leaves_an_artifact_that_was_checked(compiled: Path) -> None:
     assert (compiled / "smol.kvcc" / "accuracy.json").is_file()
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/tour.md"])
+SLOW = {"docs/onnx.md"}  # three graphs, and sessions of ONNX Runtime: a minute
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [])
+        for page in PAGES
+        if page != "docs/tour.md"
+    ],
+)
 def test_blocks_run(
     page: str, model: str, compiled: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
