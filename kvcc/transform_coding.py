@@ -14,7 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvcc.kernels.levels import BITS_OF, magnitudes, nearest, values_of
+
 Basis = Literal["native", "hadamard", "pca", "dual"]
+GridLevels = Literal["uniform", "normal"]
 
 WIDTHS = (0, 1, 2, 3, 4, 5, 6, 8)
 QUANTUM = 8  # channels that share a width: what a packed run of values must be a multiple of
@@ -133,7 +136,15 @@ def _blocks(matrices: Tensor, count: int) -> Tensor:
     return torch.stack([torch.block_diag(*some) for some in matrices.unflatten(0, (-1, count))])
 
 
-def coder(side: Observed, kind: Basis, *, scaled: bool, seed: int, joint_heads: int = 1) -> Coder:
+def coder(
+    side: Observed,
+    kind: Basis,
+    *,
+    scaled: bool,
+    seed: int,
+    joint_heads: int = 1,
+    levels: GridLevels = "uniform",
+) -> Coder:
     """Fit one side of a layer. `scaled`: tokens will have scales of their own."""
     samples, mean, metric, share = side.samples, side.mean, side.metric, side.weight
     forward, inverse = basis_of(kind, side.covariance, metric, seed, joint_heads)
@@ -144,7 +155,7 @@ def coder(side: Observed, kind: Basis, *, scaled: bool, seed: int, joint_heads: 
     inverse = inverse.gather(1, order[..., None].expand_as(inverse))
     x, weight = x.gather(-1, order[:, None].expand_as(x)), weight.gather(-1, order)
     scale = _scales(x, share) if scaled else torch.ones_like(x[..., :1])
-    steps, error = _steps(x / scale, share, scale)
+    steps, error = _steps(x / scale, share, scale, levels)
     return Coder(mean, forward, inverse, steps, 0.5 * weight[..., None] * error)
 
 
@@ -154,7 +165,32 @@ def _scales(x: Tensor, share: Tensor) -> Tensor:
     return (x / deviation).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-def _steps(x: Tensor, share: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Grid:
+    """What codes of some width choose from, in steps: as pages have it (kernels/layout.py)."""
+
+    bits: int
+    levels: GridLevels
+
+    @property
+    def normal(self) -> bool:
+        """Whether levels are those of a normal variable; wider codes are uniform always."""
+        return self.levels == "normal" and self.bits in BITS_OF["normal"]
+
+    @property
+    def span(self) -> float:
+        """Steps that all codes together cover."""
+        return 2 * magnitudes("normal", self.bits)[-1] if self.normal else 2.0**self.bits
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The levels nearest to x, in x's type."""
+        if self.normal:
+            return values_of(nearest(x, "normal", self.bits), "normal", self.bits).to(x.dtype)
+        half = 2.0 ** (self.bits - 1)
+        return x.floor().clamp(-half, half - 1) + 0.5
+
+
+def _steps(x: Tensor, share: Tensor, scale: Tensor, levels: GridLevels) -> tuple[Tensor, Tensor]:
     """Best steps of x [H, S, D], tokens weighing `share` [H, S, 1], for every width, and the mean squared error of
     x * scale with them: [H, D, W] each.
     """
@@ -164,10 +200,11 @@ def _steps(x: Tensor, share: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     for bits in WIDTHS[1:]:
         best, chosen = torch.full_like(deviation, torch.inf), torch.zeros_like(deviation, dtype=torch.int64)
         coarse = [torch.full_like(chosen, index) for index in range(COARSE // 2, len(RANGES), COARSE)]
-        best, chosen = _better(x, weight, deviation, bits, coarse, best, chosen)
+        grid = Grid(bits, levels)
+        best, chosen = _better(x, weight, deviation, grid, coarse, best, chosen)
         near = [(chosen + away).clamp(0, len(RANGES) - 1) for away in range(1 - COARSE, COARSE) if away]
-        best, chosen = _better(x, weight, deviation, bits, near, best, chosen)
-        steps.append(RANGES[chosen] * deviation / 2**bits)
+        best, chosen = _better(x, weight, deviation, grid, near, best, chosen)
+        steps.append(RANGES[chosen] * deviation / grid.span)
         errors.append(best)
     return torch.stack(steps, -1), torch.stack(errors, -1)
 
@@ -176,20 +213,27 @@ def _better(
     x: Tensor,
     weight: Tensor,
     deviation: Tensor,
-    bits: int,
+    grid: Grid,
     ranges: list[Tensor],
     best: Tensor,
     chosen: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The least errors [H, D] and the ranges that have them, of those known and of `ranges`, indices into RANGES."""
-    half = 2.0 ** (bits - 1)
     for index in ranges:
-        step = (RANGES[index] * deviation / 2**bits)[:, None]
-        codes = (x / step).floor().clamp(-half, half - 1) + 0.5
-        error = ((codes * step - x).square() * weight).mean(1)
+        step = (RANGES[index] * deviation / grid.span)[:, None]
+        error = ((grid.nearest(x / step) * step - x).square() * weight).mean(1)
         chosen = torch.where(error < best, index, chosen)
         best = torch.minimum(error, best)
     return best, chosen
+
+
+def damped(cost: Tensor, share: float) -> Tensor:
+    """Costs [..., W] of groups of channels, differences between groups shrunk by `share` on a logarithmic scale.
+
+    What a group costs is known from few tokens, and other text has it differ by a factor; what seems to cost most was
+    mostly overrated. So a group's costs are divided by the `share`-th power of what it costs without bits.
+    """
+    return cost / cost[..., :1].clamp_min(torch.finfo(cost.dtype).tiny) ** share
 
 
 def give_bits(costs: Sequence[Tensor], budget: float) -> list[Tensor]:

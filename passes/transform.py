@@ -18,21 +18,25 @@ from kvcc.joint_heads import check_joint_heads, join_heads
 from kvcc.kernels.layout import PAGE_MEAN_BITS, TOKEN_SCALE_BITS, Groups, Plane, Side
 from kvcc.passes.contract import Compilation, Pass
 from kvcc.profile import Profile
-from kvcc.runtime.plan import HeadPlan
+from kvcc.runtime.plan import HeadPlan, LayerPlan
 from kvcc.surgery import tidy
 from kvcc.transform_coding import (
     QUANTUM,
     WIDTHS,
     Basis,
     Coder,
+    GridLevels,
     Observed,
     coder,
+    damped,
     give_bits,
     joint,
     shrunk,
     widened,
 )
 from kvcc.weighed import weighed_keys, weighed_values
+
+Allocation = Literal["model", "layer", "head"]
 
 
 class Transform(Pass):
@@ -65,8 +69,21 @@ class Transform(Pass):
     v_basis: Basis = Field("dual", description="the same for V")
     token_scales: bool = Field(True, description="four bits a token and side, against heavy tails")
     page_means: bool = Field(True, description="a byte a page and channel of K for the mean of its keys")
+    levels: GridLevels = Field(
+        "uniform",
+        description="what codes choose from: steps, or up to 4 bits the best levels for a normal variable",
+    )
     joint_heads: int = Field(
         1, ge=1, description="KV heads of a layer that share a basis; divides their number"
+    )
+    allocation: Allocation = Field(
+        "model", description="what competes for bits: channels of the model, a layer, a head"
+    )
+    damping: float = Field(
+        0.2,
+        ge=0,
+        lt=1,
+        description="of differences between channels' costs, which text of other kinds does not share",
     )
     heads: Literal["shared", "own"] = Field(
         "own",
@@ -111,6 +128,7 @@ class Transform(Pass):
                 scaled=self.token_scales,
                 seed=index,
                 joint_heads=many,
+                levels=self.levels,
             )
             for basis, side in sides
         )
@@ -159,28 +177,32 @@ class Transform(Pass):
     ) -> list[tuple[Tensor, Tensor]]:
         """Bits of K's and V's channels by layer, in the coders' order: [H, D] each."""
         costs = [
-            side.cost.unflatten(1, (-1, QUANTUM)).sum(2) for pair in coders for side in pair
+            damped(side.cost.unflatten(1, (-1, QUANTUM)).sum(2), self.damping)
+            for pair in coders
+            for side in pair
         ]  # [H, groups, W]
         plans = [compilation.plan.layers[index] for index in layers]
-        bits = self.bits * sum(p.model_elements for p in plans)
-        heads = [p.kv_heads // self.joint_heads for p in plans]
-        bits -= 2 * TOKEN_SCALE_BITS * self.token_scales * sum(heads)
-        bits -= sum(PAGE_MEAN_BITS * p.kv_heads * p.k_dim / p.page for p in plans) * self.page_means
+        budgets = [self._bits_of_codes(plan) / QUANTUM for plan in plans]
+        heads = [len(cost) for cost in costs]
+        if self.heads == "shared":
+            costs = [cost.sum(0, keepdim=True) for cost in costs]
+            budgets = [budget / count for budget, count in zip(budgets, heads[::2])]
+        found = [
+            torch.tensor(WIDTHS)[groups].repeat_interleave(QUANTUM, 1).expand(count, -1)
+            for groups, count in zip(_allocated(costs, budgets, self.allocation), heads)
+        ]
+        return list(zip(found[::2], found[1::2]))
+
+    def _bits_of_codes(self, layer: LayerPlan) -> float:
+        """Of a layer's token, what is left for codes."""
+        bits = self.bits * layer.model_elements
+        bits -= 2 * TOKEN_SCALE_BITS * self.token_scales * (layer.kv_heads // self.joint_heads)
+        bits -= PAGE_MEAN_BITS * layer.kv_heads * layer.k_dim / layer.page * self.page_means
         if bits < 0:
             raise PassError(
                 f"transform: {self.bits:g} bits do not hold page_means and token_scales; use more, or leave them out"
             )
-        if self.heads == "shared":
-            costs = [cost.sum(0, keepdim=True) for cost in costs]
-            bits /= heads[0] if heads else 1
-        chosen = give_bits([cost.flatten(0, 1) for cost in costs], bits / QUANTUM)
-        found = [
-            torch.tensor(WIDTHS)[groups].unflatten(0, cost.shape[:2]).repeat_interleave(QUANTUM, 1)
-            for groups, cost in zip(chosen, costs)
-        ]
-        if self.heads == "shared":
-            found = [each.expand(heads[0], -1) for each in found]
-        return list(zip(found[::2], found[1::2]))
+        return bits
 
     def _narrow(self, compilation: Compilation, index: int, k_bits: Tensor, v_bits: Tensor) -> None:
         heads = tuple(
@@ -195,7 +217,9 @@ class Transform(Pass):
         """What one head's channels of these widths [D] take; without channels tokens need no scales."""
         planes = _planes(bits)
         scales = self.token_scales and bool(planes)
-        return Side(planes, groups, steps="unit", token_scales=scales, page_means=page_means)
+        return Side(
+            planes, groups, steps="unit", token_scales=scales, levels=self.levels, page_means=page_means
+        )
 
     def _store_keys(self, compilation: Compilation, index: int, k: Coder, bits: Tensor) -> None:
         """Tables that turn keys and queries into the coordinates of pages, in which steps are 1."""
@@ -206,6 +230,24 @@ class Transform(Pass):
         tables = {"k_basis": keys[..., :stored], "q_basis": queries[..., :stored], "k_mean": k.mean}
         for name, table in tables.items():
             compilation.tables[f"layers.{index}.{name}"] = table.float().contiguous()
+
+
+def _allocated(costs: list[Tensor], budgets: list[float], scope: Allocation) -> list[Tensor]:
+    """Widths, as indices into WIDTHS, [H, groups] by side, of costs [H, groups, W] of each layer's K and V in turn.
+
+    `budgets`: bits times groups, by layer. What competes for them: a whole model's groups, a layer's, or a head's.
+    """
+    if scope == "model":
+        chosen = give_bits([cost.flatten(0, 1) for cost in costs], sum(budgets))
+        return [groups.unflatten(0, cost.shape[:2]) for groups, cost in zip(chosen, costs)]
+    found = []
+    for k, v, budget in zip(costs[::2], costs[1::2], budgets):
+        if scope == "layer":
+            found += _allocated([k, v], [budget], "model")
+            continue
+        heads = [_allocated([a[None], b[None]], [budget / len(k)], "model") for a, b in zip(k, v)]
+        found += [torch.cat(side) for side in zip(*heads)]
+    return found
 
 
 def _fold_values(compilation: Compilation, index: int, v: Coder, bits: Tensor) -> None:

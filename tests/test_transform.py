@@ -12,8 +12,10 @@ from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.errors import PassError
 from kvcc.graph import attention_nodes, attention_spec
 from kvcc.kernels import cpu, reference, token_scales
+from kvcc.kernels.levels import NORMAL
 from kvcc.kernels.pool import PagePool
 from kvcc.passes import pass_class
+from kvcc.passes.transform import _allocated
 from kvcc.pipeline import run_passes
 from kvcc.profile import Profile
 from kvcc.runtime.fuse import fuse
@@ -23,6 +25,7 @@ from kvcc.transform_coding import (
     Observed,
     basis_of,
     coder,
+    damped,
     give_bits,
     hadamard,
     joint,
@@ -140,6 +143,67 @@ def test_token_scales_are_the_best_candidates() -> None:
         assert error(row, code) <= best * (1 + 1e-5) + 1e-9
 
 
+def test_token_scales_are_the_best_candidates_for_normal_levels() -> None:
+    """Where some channels have levels, and others, too wide for them, steps."""
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 24, generator=random) * torch.logspace(-1, 1, 40)[:, None]
+    half = torch.tensor([16.0] * 8 + [4.0] * 8 + [1.0] * 8)
+    at = [(3, half == 4), (1, half == 1)]
+
+    def error(row: Tensor, code: int) -> float:
+        scale = 2 ** ((code - 3) / 3)
+        middles = (row[:8] / scale).floor().clamp(-16, 15) + 0.5
+        total = float(((middles * scale - row[:8]) ** 2).sum())
+        for some, bits in ((slice(8, 16), 3), (slice(16, 24), 1)):
+            levels = torch.tensor([s * m for s in (-1, 1) for m in NORMAL[bits]]) * scale
+            total += float((row[some][:, None] - levels).square().amin(1).sum())
+        return total
+
+    for row, code in zip(x, token_scales.token_scales(x, half, at).tolist()):
+        best = min(error(row, other) for other in range(16))
+        assert error(row, code) <= best * (1 + 1e-5) + 1e-9
+
+
+def test_normal_levels_lose_what_is_known_of_them() -> None:
+    """A normal variable on Lloyd and Max's levels: errors of 0.3634, 0.1175, 0.03454, 0.009497 (Max, 1960)."""
+    random = torch.Generator().manual_seed(2)
+    samples = torch.randn(1, 100_000, 8, generator=random)
+    eye = torch.eye(8, dtype=torch.float64)[None]
+    side = Observed(samples, torch.zeros(1, 8).double(), eye, eye)
+    normal, uniform = (coder(side, "native", scaled=False, seed=0, levels=k) for k in ("normal", "uniform"))
+    errors = 2 * normal.cost[0].mean(0)
+    known = torch.tensor([1, 0.3634, 0.1175, 0.03454, 0.009497]).double()
+    torch.testing.assert_close(errors[:5], known, rtol=0.02, atol=0)
+    torch.testing.assert_close(normal.cost[..., 5:], uniform.cost[..., 5:])  # 5, 6 and 8 bits are steps
+    assert (normal.cost[..., 2:5] < uniform.cost[..., 2:5]).all()
+
+
+def test_damped_costs_keep_their_order_and_their_curves() -> None:
+    cost = torch.tensor([[16.0, 4.0, 1.0], [1.0, 0.5, 0.25], [0.0, 0.0, 0.0]]).double()
+    assert torch.equal(damped(cost, 0), cost)
+    found = damped(cost, 0.25)
+    torch.testing.assert_close(found[0], cost[0] / 2)
+    torch.testing.assert_close(found[1:], cost[1:])
+
+
+def test_bits_compete_where_they_are_told_to() -> None:
+    """Errors in the second head cost 64 times as much, in the second layer's 1,000 times."""
+    curve = torch.tensor([4.0**-w for w in WIDTHS]).expand(2, 6, -1)  # [H, groups, W]
+    layer = curve * torch.tensor([1.0, 64.0])[:, None, None]
+    costs = [layer, layer, 1000 * layer, 1000 * layer]
+    bits = {
+        scope: [sum(torch.tensor(WIDTHS)[side].sum(1) for side in found[i : i + 2]).tolist() for i in (0, 2)]
+        for scope in ("model", "layer", "head")
+        for found in [_allocated(costs, [48.0, 48.0], scope)]
+    }
+    assert bits["head"] == [[24, 24], [24, 24]]
+    for heads in bits["layer"]:
+        assert sum(heads) == 48
+        assert heads[0] < heads[1]
+    assert sum(bits["model"][0]) + sum(bits["model"][1]) == 96
+    assert sum(bits["model"][0]) < sum(bits["model"][1])
+
+
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     texts = tokens(*(150, 140, 130) * 2, seed=7)
@@ -164,6 +228,7 @@ def model_of(profile: Profile, options: str, backend: object = reference) -> Com
         ", page_means: false",
         ", joint_heads: 2",
         ", joint_heads: 2, k_basis: pca, v_basis: native, heads: shared",
+        ", allocation: head, levels: normal",
     ],
 )
 def test_eight_bits_are_nearly_the_model(profile: Profile, options: str) -> None:
@@ -233,6 +298,7 @@ def test_too_few_bits_for_page_means(profile: Profile) -> None:
         "bits: 3, page_means: false",
         "bits: 3, token_scales: false, heads: shared",
         "bits: 3, joint_heads: 2",
+        "bits: 3, levels: normal",
     ],
 )
 def test_captured_steps_and_kernels_agree_with_the_reference(profile: Profile, options: str) -> None:
