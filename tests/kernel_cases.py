@@ -301,7 +301,6 @@ def _levels() -> Iterator[Spec]:
     )
     yield Spec("normal-mixed", (k, k), (v, v), group=3, bias=True)
     yield Spec("normal-mixed-float16", (k,), (v,), group=4, dtype=torch.float16)
-    yield Spec("normal-queries70", (k,) * 2, (v,) * 2, queries=70, lengths=(300, 0, 20))
     plain = unit("tokens", (3, 40)), unit("channels", (4, 24), (2, 16))
     yield Spec("normal-per-head", (k, plain[0]), (v, plain[1]), lengths=(300, 113))
     clipped = replace(side("channels", 32, (2, 64)), clip=92)
