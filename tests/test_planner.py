@@ -108,6 +108,7 @@ def test_the_command_writes_plan_recipe_and_plot(
     command += ["--recipe", str(files["best.yaml"]), "--plot", str(files["plan.svg"])]
     done = CliRunner().invoke(cli, [*command, "--texts", "1", "--context", "96", "--tokens", "32"])
     assert done.exit_code == 0, done.output
+    assert "without --profile only passes that need none are measured" in done.stderr
     plan = json.loads(files["plan.json"].read_text())
     assert plan["goal"]["bits"] == pytest.approx(16 / 1.9)
     assert files["plan.svg"].read_text().startswith("<svg")

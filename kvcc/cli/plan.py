@@ -80,6 +80,8 @@ def command(
     from kvcc.profile import Profile
 
     statistics = Profile.load(profile) if profile else None
+    if statistics is None:
+        click.echo(UNCALIBRATED, err=True)
     loaded = load_model(model, dtype)
     goal = replace(goal_of(loaded, ratio, bytes_per_token, max_kl), attention_ms=max_attention_ms)
     state = output.with_name(f"{output.name}.partial")
@@ -100,6 +102,12 @@ def command(
         print_json(found.as_dict())
     else:
         show(found, loaded.identity.name)
+
+
+UNCALIBRATED = (
+    "without --profile only passes that need none are measured; transform, which loses least, wants one of "
+    "kvcc calibrate --gradients"
+)
 
 
 def ratio_of(text: str) -> float:
