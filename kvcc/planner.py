@@ -50,6 +50,7 @@ DATA_FREE = (
     "turboquant: {k_bits: 3, v_bits: 3}",
     "turboquant: {k_bits: 4, v_bits: 4}",
 )
+TRANSFORMS = (("dual", "true"), ("dual", "false"), ("pca", "true"), ("native", "true"))
 CALIBRATED = (
     "kitty: {boosted: 0.125}",
     "kitty: {boosted: 0.25}",
@@ -114,10 +115,9 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[s
     if profile is not None:
         fixed += CALIBRATED
         for bits in budgets:
-            for basis in ("dual", "pca", "native"):
-                for scales in ("true", "false"):
-                    options = f"bits: {bits:g}, k_basis: {basis}, v_basis: {basis}, token_scales: {scales}"
-                    fixed.append(f"transform: {{{options}}}")
+            for basis, scales in TRANSFORMS:
+                options = f"bits: {bits:g}, k_basis: {basis}, v_basis: {basis}, token_scales: {scales}"
+                fixed.append(f"transform: {{{options}}}")
             if goal.attention_ms is not None:
                 for joint in (n for n in range(2, kv_heads + 1) if kv_heads % n == 0):
                     fixed.append(f"transform: {{bits: {bits:g}, joint_heads: {joint}}}")
