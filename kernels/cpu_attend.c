@@ -1124,51 +1124,48 @@ static void seal_section(const Layout *layout, const Section *s, const float *x,
     if (s->steps == ADAPTIVE) zero_tail(page, s->zeros + 2 * runs * ng);
 }
 
-/* Squared distances of x[0 … n-1] over each candidate scale from the nearest normal levels, times the scale squared. */
-static void add_level_errors(const float *x, i64 n, const float *sizes, int count, float errors[16]) {
+/* Squared distances of x from the middles of unit steps, or from the nearest of the magnitudes `sizes`. */
+INLINE vf distances(vf x, float half_range, const float *sizes) {
+    if (!sizes) {
+        vf inside = vmax(vmin(x, broadcast(half_range - 0.5f)), broadcast(-half_range));
+        vf off = floorv(inside) + 0.5f - x;
+        return off * off;
+    }
+    vf size = vmax(x, -x), nearest = broadcast(INFINITY);
+    for (int j = 0; j < (int)half_range; j++) nearest = vmin(nearest, (size - sizes[j]) * (size - sizes[j]));
+    return nearest;
+}
+
+INLINE float distance(float x, float half_range, const float *sizes) {
+    if (!sizes) {
+        float low = floorf(x);
+        float off = (low < -half_range ? -half_range : low > half_range - 1 ? half_range - 1 : low) + 0.5f - x;
+        return off * off;
+    }
+    float size = fabsf(x), nearest = INFINITY;
+    for (int j = 0; j < (int)half_range; j++) nearest = MIN(nearest, (size - sizes[j]) * (size - sizes[j]));
+    return nearest;
+}
+
+/* `distances` of x[0 … n-1] over each candidate scale, times the scale squared. */
+INLINE void add_errors_from(const float *x, i64 n, float half_range, const float *sizes, float errors[16]) {
     for (int code = 0; code < 16; code++) {
         float inverse = 1.0f / scale_of_code[code], scale = scale_of_code[code];
         vf total = {0};
         float rest = 0;
         i64 i = 0;
-        for (; i + VL <= n; i += VL) {
-            vf size = load(x + i) * inverse, nearest = broadcast(INFINITY);
-            size = vmax(size, -size);
-            for (int j = 0; j < count; j++) {
-                vf off = size - sizes[j];
-                nearest = vmin(nearest, off * off);
-            }
-            total += nearest;
-        }
-        for (; i < n; i++) {
-            float size = fabsf(x[i] * inverse), nearest = INFINITY;
-            for (int j = 0; j < count; j++) nearest = MIN(nearest, (size - sizes[j]) * (size - sizes[j]));
-            rest += nearest;
-        }
+        for (; i + VL <= n; i += VL) total += distances(load(x + i) * inverse, half_range, sizes);
+        for (; i < n; i++) rest += distance(x[i] * inverse, half_range, sizes);
         errors[code] += (sum(total) + rest) * scale * scale;
     }
 }
 
-/* Squared distances of x[0 … n-1] over each candidate scale from the middles of unit steps, times the scale squared. */
-static void add_errors(const float *x, i64 n, float half_range, float errors[16]) {
-    for (int code = 0; code < 16; code++) {
-        float inverse = 1.0f / scale_of_code[code], scale = scale_of_code[code];
-        vf total = {0};
-        float rest = 0;
-        i64 i = 0;
-        for (; i + VL <= n; i += VL) {
-            vf steps = load(x + i) * inverse;
-            vf inside = vmax(vmin(steps, broadcast(half_range - 0.5f)), broadcast(-half_range));
-            vf off = floorv(inside) + 0.5f - steps;
-            total += off * off;
-        }
-        for (; i < n; i++) {
-            float steps = x[i] * inverse, low = floorf(steps);
-            float off = (low < -half_range ? -half_range : low > half_range - 1 ? half_range - 1 : low) + 0.5f - steps;
-            rest += off * off;
-        }
-        errors[code] += (sum(total) + rest) * scale * scale;
-    }
+static void add_errors(const Section *s, const float *x, float errors[16]) {
+    float half_range = (float)(1 << (s->bits - 1));
+    if (s->levels == NORMAL)
+        add_errors_from(x, s->channels, half_range, magnitudes(s->levels, s->bits), errors);
+    else
+        add_errors_from(x, s->channels, half_range, NULL, errors);
 }
 
 /* Means of the first `count` channels over tokens, added up in double: no order of summation shows in a code. */
@@ -1232,11 +1229,7 @@ static void seal_token_scales(const Seal *c, const Layout *layout, i64 first_tok
             const Section *s = layout->sections + j;
             for (i64 d = 0; d < s->channels; d++) x[d] = element_at(from->type, row, (s->first + d) * from->stride[3]);
             if (means) less_means(s, 1, means, layout->page_means[2 * h + 1], x);
-            int half_ = 1 << (s->bits - 1);
-            if (s->levels == NORMAL)
-                add_level_errors(x, s->channels, magnitudes(s->levels, s->bits), half_, errors);
-            else
-                add_errors(x, s->channels, (float)half_, errors);
+            add_errors(s, x, errors);
         }
         int best = first < last ? 0 : 3;
         for (int code = 1; code < 16 && first < last; code++)

@@ -40,7 +40,7 @@ from typing import Literal
 import torch
 
 from kvcc.errors import PlanError
-from kvcc.kernels.levels import BITS_OF, Levels, magnitudes
+from kvcc.kernels.levels import BITS_OF, Levels, span, unit_levels
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16, 32)
 SPLIT = {
@@ -194,8 +194,7 @@ def _stored(sections: tuple[Section, ...]) -> int:
 
 def page_mean_step(bits: int, levels: Levels = "uniform") -> float:
     """What a code of a page mean counts, for a channel of `bits` bits."""
-    span = float(2**bits) if levels == "uniform" else 2 * magnitudes(levels, bits)[-1]
-    return span / PAGE_MEAN_STEPS
+    return span(levels, bits) / PAGE_MEAN_STEPS
 
 
 def scale_bytes(levels: Levels) -> int:
@@ -269,9 +268,7 @@ def _sections(tokens: int, side: Side, offset: int, where: str) -> tuple[tuple[S
 
 
 def _levels_of(side: Side, plane: Plane) -> Levels:
-    """A side's, but uniform for a plane of unit steps that is too wide for normal ones."""
-    wide = side.steps == "unit" and side.levels == "normal" and plane.bits not in BITS_OF["normal"]
-    return "uniform" if wide else side.levels
+    return unit_levels(side.levels, plane.bits) if side.steps == "unit" else side.levels
 
 
 def _check_side(side: Side, where: str) -> None:

@@ -36,6 +36,16 @@ def magnitudes(levels: Levels, bits: int) -> tuple[float, ...]:
     return E2M1 if levels == "e2m1" else ()
 
 
+def unit_levels(levels: Levels, bits: int) -> Levels:
+    """With unit steps: uniform ones for widths that have no normal levels."""
+    return "uniform" if levels == "normal" and bits not in BITS_OF["normal"] else levels
+
+
+def span(levels: Levels, bits: int) -> float:
+    """Steps that all codes together cover, of uniform levels or of a list."""
+    return float(2**bits) if levels == "uniform" else 2 * magnitudes(levels, bits)[-1]
+
+
 def values_of(codes: Tensor, levels: Levels, bits: int) -> Tensor:
     """What codes uint8 [...] stand for, float32."""
     if levels == "e4m3":

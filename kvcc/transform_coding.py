@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvcc.kernels.levels import BITS_OF, magnitudes, nearest, values_of
+from kvcc.kernels.levels import Levels, nearest, span, unit_levels, values_of
 
 Basis = Literal["native", "hadamard", "pca", "dual"]
 GridLevels = Literal["uniform", "normal"]
@@ -165,31 +165,6 @@ def _scales(x: Tensor, share: Tensor) -> Tensor:
     return (x / deviation).square().mean(-1, keepdim=True).sqrt().clamp_min(1e-6)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """What codes of some width choose from, in steps: as pages have it (kernels/layout.py)."""
-
-    bits: int
-    levels: GridLevels
-
-    @property
-    def normal(self) -> bool:
-        """Whether levels are those of a normal variable; wider codes are uniform always."""
-        return self.levels == "normal" and self.bits in BITS_OF["normal"]
-
-    @property
-    def span(self) -> float:
-        """Steps that all codes together cover."""
-        return 2 * magnitudes("normal", self.bits)[-1] if self.normal else 2.0**self.bits
-
-    def nearest(self, x: Tensor) -> Tensor:
-        """The levels nearest to x, in x's type."""
-        if self.normal:
-            return values_of(nearest(x, "normal", self.bits), "normal", self.bits).to(x.dtype)
-        half = 2.0 ** (self.bits - 1)
-        return x.floor().clamp(-half, half - 1) + 0.5
-
-
 def _steps(x: Tensor, share: Tensor, scale: Tensor, levels: GridLevels) -> tuple[Tensor, Tensor]:
     """Best steps of x [H, S, D], tokens weighing `share` [H, S, 1], for every width, and the mean squared error of
     x * scale with them: [H, D, W] each.
@@ -200,28 +175,37 @@ def _steps(x: Tensor, share: Tensor, scale: Tensor, levels: GridLevels) -> tuple
     for bits in WIDTHS[1:]:
         best, chosen = torch.full_like(deviation, torch.inf), torch.zeros_like(deviation, dtype=torch.int64)
         coarse = [torch.full_like(chosen, index) for index in range(COARSE // 2, len(RANGES), COARSE)]
-        grid = Grid(bits, levels)
-        best, chosen = _better(x, weight, deviation, grid, coarse, best, chosen)
+        own = unit_levels(levels, bits)
+        best, chosen = _better(x, weight, deviation, own, bits, coarse, best, chosen)
         near = [(chosen + away).clamp(0, len(RANGES) - 1) for away in range(1 - COARSE, COARSE) if away]
-        best, chosen = _better(x, weight, deviation, grid, near, best, chosen)
-        steps.append(RANGES[chosen] * deviation / grid.span)
+        best, chosen = _better(x, weight, deviation, own, bits, near, best, chosen)
+        steps.append(RANGES[chosen] * deviation / span(own, bits))
         errors.append(best)
     return torch.stack(steps, -1), torch.stack(errors, -1)
+
+
+def _rounded(x: Tensor, levels: Levels, bits: int) -> Tensor:
+    """x at the nearest of what codes stand for, in steps."""
+    if levels == "normal":
+        return values_of(nearest(x, levels, bits), levels, bits).to(x.dtype)
+    half = 2.0 ** (bits - 1)
+    return x.floor().clamp(-half, half - 1) + 0.5
 
 
 def _better(
     x: Tensor,
     weight: Tensor,
     deviation: Tensor,
-    grid: Grid,
+    levels: Levels,
+    bits: int,
     ranges: list[Tensor],
     best: Tensor,
     chosen: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The least errors [H, D] and the ranges that have them, of those known and of `ranges`, indices into RANGES."""
     for index in ranges:
-        step = (RANGES[index] * deviation / grid.span)[:, None]
-        error = ((grid.nearest(x / step) * step - x).square() * weight).mean(1)
+        step = (RANGES[index] * deviation / span(levels, bits))[:, None]
+        error = ((_rounded(x / step, levels, bits) * step - x).square() * weight).mean(1)
         chosen = torch.where(error < best, index, chosen)
         best = torch.minimum(error, best)
     return best, chosen
