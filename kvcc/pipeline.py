@@ -45,7 +45,7 @@ def run_passes(
     recipe: Recipe,
     on_pass: Callable[[PassReport], None] | None = None,
 ) -> Compiled:
-    """Run a recipe's passes over a copy of the graph, then lower it.
+    """Run a recipe's passes over a copy of the graph, which shares its weights, then lower it.
 
     Raises ProfileError when the profile is of another model, PassError when a pass does not apply.
     """
@@ -56,7 +56,7 @@ def run_passes(
         raise PassError(
             f"recipe {recipe.name}: {needing} needs calibration statistics; give --profile (kvcc calibrate)"
         )
-    graph = Graph(copy.deepcopy(graph.module), graph.model)
+    graph = Graph(_copied(graph.module), graph.model)
     compilation = start(graph, profile, recipe.windows)
     reports = []
     for pass_ in recipe.passes:
@@ -66,6 +66,13 @@ def run_passes(
             on_pass(report)
     module = lower(compilation.graph.module)
     return Compiled(module, compilation.plan, compilation.tables, tuple(reports))
+
+
+def _copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own on the same weights: passes put new ones beside them and never write into them."""
+    weights = {id(each): each for each in (*module.parameters(), *module.buffers())}
+    copied: fx.GraphModule = copy.deepcopy(module, weights)
+    return copied
 
 
 def _run(pass_: Pass, compilation: Compilation) -> PassReport:

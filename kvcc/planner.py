@@ -6,38 +6,22 @@ between a few dozen recipes, too unlike each other for a formula: they are compi
 best ones again on other texts.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from kvcc.atomic import write_atomically
-from kvcc.attention_time import attention_ms
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.errors import DataError, KvccError
 from kvcc.frontend import LoadedModel, capture, runtime_tokenizer
-from kvcc.graph import Graph, attention_nodes, attention_spec
-from kvcc.kernels import backend as kernel_backend
+from kvcc.graph import attention_nodes, attention_spec
 from kvcc.mixing import mixed_recipe, single_side
-from kvcc.pipeline import run_passes
 from kvcc.profile import Profile
-from kvcc.recipe import parse_recipe
-from kvcc.runtime import CompiledModel
-from kvcc.runtime.fuse import fuse
-from kvcc.uncompressed import uncompressed
+from kvcc.trials import DATA, Measured, Trials
 
-DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
-CHUNK = 64  # tokens appended at once while measuring
 CALIBRATION_PROMPTS, CALIBRATION_LENGTH = 12, 1024
 FINALISTS = 3
-TIMED = 4096  # tokens that attention is timed over
 DATA_FREE = (
     "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
     "kivi: {k_bits: 2, v_bits: 2, group_size: 32}",
@@ -76,18 +60,6 @@ class Goal:
     bits: float | None = None  # metadata included, windows not
     kl: float | None = None
     attention_ms: float | None = None  # see kvcc.attention_time, at TIMED tokens
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One recipe through the real cache: mean KL(model || compressed) over all texts, in nats a token."""
-
-    recipe: str  # YAML
-    bits: float  # per element, metadata included
-    bytes_per_token: float
-    kl: float
-    by_kind: dict[str, float]
-    attention_ms: float | None = None  # where the goal bounds it
 
 
 @dataclass(frozen=True)
@@ -158,15 +130,16 @@ def search(
     """
     report = on_progress or (lambda what, done, total: None)
     graph = capture(loaded)
-    bench = _Bench(loaded, profile, graph, texts, context, tokens, seed, state)
+    trials = Trials(loaded, profile, graph, texts, context, tokens, seed, state)
+    timed = goal.attention_ms is not None
     wanted = list(recipes) if recipes is not None else candidates(goal, profile, loaded.identity.kv_heads)
     measured, refused = [], {}
     if recipes is None and goal.bits is not None:
-        wanted += bench.mixed(goal, report)
+        wanted += _mixed(trials, goal.bits, report)
     for number, recipe in enumerate(wanted):
         report("measuring recipes", number, len(wanted))
         try:
-            found = bench.measure(recipe, goal, first=0)
+            found = trials.measure(recipe, goal.bits, timed=timed)
         except KvccError as error:
             refused[recipe] = str(error)
             continue
@@ -185,7 +158,7 @@ def search(
     finals = []
     for number, each in enumerate(fitting[:FINALISTS]):
         report("verifying", number, min(FINALISTS, len(fitting)))
-        again = bench.measure(each.recipe, goal, first=texts)
+        again = trials.measure(each.recipe, goal.bits, timed=timed, again=True)
         assert again is not None
         finals.append(again)
     report("verifying", len(finals), len(finals))
@@ -215,116 +188,19 @@ def _rank(found: Measured, goal: Goal) -> tuple[float, float]:
     return (found.kl, found.bits) if goal.bits is not None else (found.bits, found.kl)
 
 
-class _Bench:
-    """Texts, what the model predicts on them, and the measurements that were made."""
-
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        profile: Profile | None,
-        graph: Graph,
-        texts: int,
-        context: int,
-        tokens: int,
-        seed: int,
-        state: Path | None,
-    ) -> None:
-        self.profile, self.graph, self.context, self.texts = profile, graph, context, texts
-        self.loaded = loaded
-        length = context + tokens
-        prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
-        sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)
-        self.ids = {each.name: [list(p.ids) for p in each.prompts if len(p.ids) == length] for each in sets}
-        reference = uncompressed(loaded, None, graph)
-        self.expected = {
-            name: [self._logits(reference, ids) for ids in rows[: 2 * texts]]
-            for name, rows in self.ids.items()
-        }
-        self.state = state
-        about = [
-            loaded.identity.digest,
-            context,
-            tokens,
-            texts,
-            seed,
-            [] if profile is None else profile.prompts,
-        ]
-        self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        self.known: dict[str, Any] = {}
-        if state is not None and state.is_file():
-            held = json.loads(state.read_text())
-            self.known = held["measured"] if held.get("key") == self.key else {}
-
-    def measure(self, recipe: str, goal: Goal, first: int, short: bool = False) -> Measured | None:
-        """A recipe on texts `first` … `first + texts` of each kind; None where its plan is beyond the goal's bits.
-
-        `short`: on one text of each kind, half its context and a quarter of its predictions.
-        """
-        timed = goal.attention_ms is not None
-        key = f"{'short ' if short else ''}{'timed ' if timed else ''}{first} {recipe}"
-        if key not in self.known:
-            found = self._measure(recipe, goal, first, short)
-            if found is None:
-                return None
-            self.known[key] = asdict(found)
-            if self.state is not None:
-                held = {"key": self.key, "measured": self.known}
-                write_atomically(self.state, json.dumps(held, indent=1).encode())
-        return Measured(**self.known[key])
-
-    def mixed(self, goal: Goal, report: Progress) -> list[str]:
-        """The recipe that gives K and V of every layer a width of its own; none where layers cannot be quantised so."""
-        assert goal.bits is not None
-        layers = [
-            i for i, node in enumerate(attention_nodes(self.graph.module)) if not attention_spec(node).window
-        ]
-        costs: dict[tuple[int, str], float] = {}
-        for number, (layer, side) in enumerate((i, s) for i in layers for s in "kv"):
-            report("measuring layers", number, 2 * len(layers))
-            try:
-                found = self.measure(f"{WINDOWS}{single_side(layer, side)}", Goal(), first=0, short=True)
-            except KvccError:
-                return []
-            assert found is not None
-            costs[layer, side] = found.kl
-        report("measuring layers", 2 * len(layers), 2 * len(layers))
-        recipe = mixed_recipe(costs, goal.bits)
-        return [] if recipe is None else [f"{WINDOWS}{recipe}"]
-
-    def _measure(self, recipe: str, goal: Goal, first: int, short: bool) -> Measured | None:
-        made = run_passes(self.graph, self.profile, parse_recipe(recipe, "plan"))
-        if goal.bits is not None and made.plan.bits_per_element() > goal.bits + 1e-9:
-            return None
-        device = torch.device("cpu")
-        kernels = kernel_backend("auto", device)
-        model = CompiledModel(
-            *(self.graph.model, "plan", made.plan, fuse(made.module), made.tables, None), kernels, device
-        )
-        kinds = {}
-        for name, rows in self.ids.items():
-            some = slice(first, first + (1 if short else self.texts))
-            expected = self._short[name] if short else self.expected[name][some]
-            losses = [_divergence(e, self._logits(model, ids, short)) for ids, e in zip(rows[some], expected)]
-            kinds[name] = sum(losses) / len(losses)
-        plan = made.plan
-        mean = sum(kinds.values()) / len(kinds)
-        taken = None if goal.attention_ms is None else attention_ms(plan, kernels, TIMED)
-        return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds, taken)
-
-    @cached_property
-    def _short(self) -> dict[str, list[Tensor]]:
-        reference = uncompressed(self.loaded, None, self.graph)
-        return {name: [self._logits(reference, rows[0], short=True)] for name, rows in self.ids.items()}
-
-    def _logits(self, model: CompiledModel, ids: list[int], short: bool = False) -> Tensor:
-        """Logits after `context` tokens and each of those behind them, which are appended in chunks."""
-        context = self.context // 2 if short else self.context
-        ids = ids[: context + (len(ids) - self.context) // 4 + 1] if short else ids
-        cache = model.new_cache(1)
-        head = model.forward([ids[:context]], cache)
-        rest = model.forward([ids[context:-1]], cache, chunk=CHUNK, every=True)
-        return torch.cat([head, rest]).float().log_softmax(-1)
-
-
-def _divergence(expected: Tensor, found: Tensor) -> float:
-    return float((expected.exp() * (expected - found)).sum(-1).mean())
+def _mixed(trials: Trials, bits: float, report: Progress) -> list[str]:
+    """The recipe that gives K and V of every layer a width of its own; none where layers cannot be quantised so."""
+    module = trials.graph.module
+    layers = [i for i, node in enumerate(attention_nodes(module)) if not attention_spec(node).window]
+    costs: dict[tuple[int, str], float] = {}
+    for number, (layer, side) in enumerate((i, s) for i in layers for s in "kv"):
+        report("measuring layers", number, 2 * len(layers))
+        try:
+            found = trials.measure(f"{WINDOWS}{single_side(layer, side)}", None, short=True)
+        except KvccError:
+            return []
+        assert found is not None
+        costs[layer, side] = found.kl
+    report("measuring layers", 2 * len(layers), 2 * len(layers))
+    recipe = mixed_recipe(costs, bits)
+    return [] if recipe is None else [f"{WINDOWS}{recipe}"]

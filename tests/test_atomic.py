@@ -42,7 +42,7 @@ def test_killed_at_fifty_moments(command: str, model: Path, tmp_path: Path) -> N
     made = subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr
     result = json.loads(made.stdout.splitlines()[-1])
-    assert sum(result["found"].values()) == 50
+    assert sum(result["found"].values()) >= 50
     assert min(result["found"].get(state, 0) for state in ("nothing", "old", "new")) > 0, result
     names = {"export": "graph", "calibrate": "profile.json"}
     assert result["left"][0] == "target"

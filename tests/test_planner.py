@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from kvcc.cli import cli
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, load_model
-from kvcc.planner import Goal, Measured, Search, candidates, pareto, search
+from kvcc.planner import Goal, Search, candidates, pareto, search
 from kvcc.profile import Profile
+from kvcc.trials import Measured
 from tests.saved import save_tiny_llama
 
 SMALL = {"texts": 1, "context": 96, "tokens": 32}
@@ -87,7 +88,7 @@ def test_a_bound_of_time_rules_out_what_is_slower(
     free = search(loaded, None, Goal(bits=20, attention_ms=1e9), recipes=RECIPES, **SMALL)
     assert all(m.attention_ms is not None and m.attention_ms > 0 for m in free.measured)
     times = iter([1.0, 3.0, 9.0, 1.0, 3.0, 9.0])
-    monkeypatch.setattr("kvcc.planner.attention_ms", lambda *_: next(times))
+    monkeypatch.setattr("kvcc.trials.attention_ms", lambda *_: next(times))
     assert "k_bits: 8" in free.winner.recipe
     assert "k_bits: 4" in search(loaded, None, Goal(20, None, 5), recipes=RECIPES, **SMALL).winner.recipe
 

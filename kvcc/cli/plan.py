@@ -12,7 +12,8 @@ from kvcc.cli._console import json_option, out, print_json, progress
 from kvcc.errors import DataError
 
 if TYPE_CHECKING:
-    from kvcc.planner import Goal, Measured, Search
+    from kvcc.planner import Goal, Search
+    from kvcc.trials import Measured
 
 
 @click.command("plan")

@@ -1,0 +1,184 @@
+"""Trials: recipes compiled in memory and measured on the same texts, through the real cache."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcc.atomic import write_atomically
+from kvcc.attention_time import attention_ms
+from kvcc.calibration import encode_sets
+from kvcc.calibration_data import load_prompts
+from kvcc.frontend import LoadedModel, runtime_tokenizer
+from kvcc.graph import Graph
+from kvcc.kernels import backend as kernel_backend
+from kvcc.pipeline import run_passes
+from kvcc.profile import Profile
+from kvcc.recipe import parse_recipe
+from kvcc.runtime import CompiledModel
+from kvcc.runtime.cache import Cache
+from kvcc.runtime.fuse import fuse
+from kvcc.shared_prefill import Filler, Prompt, filler, record
+from kvcc.uncompressed import EXACT_TOLERANCE, uncompressed
+
+DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
+CHUNK = 64  # tokens appended at once while measuring
+TIMED = 4096  # tokens that attention is timed over
+OPENING = (
+    32  # tokens on which a recipe must compute what the model does, for its prompts not to be computed again
+)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One recipe through the real cache: mean KL(model || compressed) over all texts, in nats a token."""
+
+    recipe: str  # YAML
+    bits: float  # per element, metadata included
+    bytes_per_token: float
+    kl: float
+    by_kind: dict[str, float]
+    attention_ms: float | None = None  # where it was asked for
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt that was prefilled once for all recipes, tokens behind it, and what the model predicts after each."""
+
+    prompt: Prompt
+    behind: tuple[int, ...]
+    expected: Tensor  # log-probabilities [len(behind), V]
+
+
+class Trials:
+    """Texts of each kind of DATA, and what was measured on them; kept in the file `state` when given.
+
+    The first `texts` of a kind are what recipes are compared on, as many others what the best are verified on: `tokens`
+    predictions behind `context` tokens.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        profile: Profile | None,
+        graph: Graph,
+        texts: int,
+        context: int,
+        tokens: int,
+        seed: int,
+        state: Path | None,
+    ) -> None:
+        self.profile, self.graph, self.count, self.state = profile, graph, texts, state
+        length = context + tokens
+        prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
+        sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)
+        reference = uncompressed(loaded, None, graph)
+        self.texts, self.short = {}, {}
+        for each in sets:
+            rows = [p.ids for p in each.prompts if len(p.ids) == length][: 2 * texts]
+            self.texts[each.name] = [_text(reference, ids[:context], ids[context:]) for ids in rows]
+            self.short[each.name] = [_shortened(reference, self.texts[each.name][0])]
+        first = next(iter(self.texts.values()))[0].prompt
+        self.opening = first.tokens[:OPENING]
+        self.opened = _opened(reference, self.opening)
+        self.tolerance = EXACT_TOLERANCE[loaded.identity.dtype]
+        given = [] if profile is None else profile.prompts
+        about = ["behind", loaded.identity.digest, context, tokens, texts, seed, given]
+        self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self.known: dict[str, Any] = {}
+        if state is not None and state.is_file():
+            held = json.loads(state.read_text())
+            self.known = held["measured"] if held.get("key") == self.key else {}
+
+    def measure(
+        self,
+        recipe: str,
+        bits: float | None,
+        *,
+        timed: bool = False,
+        again: bool = False,
+        short: bool = False,
+    ) -> Measured | None:
+        """A recipe on all texts it is compared on; None where its plan is beyond `bits`.
+
+        `timed`: also how long attention takes. `again`: on the texts for verifying. `short`: on one text of each kind,
+        half its context and a quarter of its predictions.
+        """
+        first = self.count if again else 0
+        key = f"{'short ' if short else ''}{'timed ' if timed else ''}{first} {recipe}"
+        if key not in self.known:
+            found = self._measure(recipe, bits, timed, first, short)
+            if found is None:
+                return None
+            self.known[key] = asdict(found)
+            if self.state is not None:
+                held = {"key": self.key, "measured": self.known}
+                write_atomically(self.state, json.dumps(held, indent=1).encode())
+        return Measured(**self.known[key])
+
+    def _measure(
+        self, recipe: str, bits: float | None, timed: bool, first: int, short: bool
+    ) -> Measured | None:
+        made = run_passes(self.graph, self.profile, parse_recipe(recipe, "plan"))
+        plan = made.plan
+        if bits is not None and plan.bits_per_element() > bits + 1e-9:
+            return None
+        device = torch.device("cpu")
+        kernels = kernel_backend("auto", device)
+        model = CompiledModel(
+            self.graph.model, "plan", plan, fuse(made.module), made.tables, None, kernels, device
+        )
+        prefill = self._prefill(model)
+        some = slice(first, first + self.count)
+        texts = self.short if short else {name: every[some] for name, every in self.texts.items()}
+        kinds = {n: sum(_loss(model, t, prefill) for t in every) / len(every) for n, every in texts.items()}
+        mean = sum(kinds.values()) / len(kinds)
+        taken = attention_ms(plan, kernels, TIMED) if timed else None
+        return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds, taken)
+
+    def _prefill(self, model: CompiledModel) -> Filler | None:
+        """What fills caches of `model`; None where it computes prompts in a way of its own."""
+        if float((_opened(model, self.opening) - self.opened).abs().max()) > self.tolerance:
+            return None
+        return filler(model, next(iter(self.texts.values()))[0].prompt)
+
+
+def _text(reference: CompiledModel, context: Sequence[int], behind: Sequence[int]) -> Text:
+    cache = reference.new_cache(1)
+    prompt = record(reference, context, cache)
+    return Text(prompt, tuple(behind), _continued(reference, cache, behind))
+
+
+def _shortened(reference: CompiledModel, text: Text) -> Text:
+    context = len(text.prompt.tokens) // 2
+    following = (*text.prompt.tokens[context:], *text.behind)
+    behind = following[: max(1, len(text.behind) // 4)]
+    prompt = text.prompt.first(context)
+    cache = reference.new_cache(1)
+    reference.forward([prompt.tokens], cache)
+    return Text(prompt, behind, _continued(reference, cache, behind))
+
+
+def _loss(model: CompiledModel, text: Text, prefill: Filler | None) -> float:
+    """Mean KL(expected || predicted) behind the prompt, in nats a token."""
+    cache = model.new_cache(1)
+    if prefill is None:
+        model.forward([text.prompt.tokens], cache)
+    else:
+        prefill.fill(cache, text.prompt)
+    found = _continued(model, cache, text.behind)
+    return float((text.expected.exp() * (text.expected - found)).sum(-1).mean())
+
+
+def _continued(model: CompiledModel, cache: Cache, tokens: Sequence[int]) -> Tensor:
+    """Log-probabilities [N, V] after each of `tokens`, appended in chunks."""
+    return model.forward([tokens], cache, chunk=CHUNK, every=True).float().log_softmax(-1)
+
+
+def _opened(model: CompiledModel, tokens: Sequence[int]) -> Tensor:
+    return model.forward([tokens], model.new_cache(1), every=True).float()
