@@ -41,23 +41,22 @@ GREEDY = 200
 MIXED = "\n  - transform: {layers: [0]}\n  - kivi: {k_bits: 2, v_bits: 4, group_size: 8, layers: [1]}"
 HALF = "windows: {sinks: 2, recent: 4, page: 8, dtype: half}\n"
 WIDE = "windows: {sinks: 2, recent: 4, page: 16}\n"
+# Tracing takes nearly all of a test's time, so each has two methods, one a layer.
 METHODS = {
-    "exact": "[]",
-    "kivi-2-3": "[{kivi: {k_bits: 2, v_bits: 3, group_size: 8}}]",
-    "kivi-8-4": "[{kivi: {k_bits: 8, v_bits: 4, group_size: 16}}]",
-    "hadamard": "[{hadamard: {group_size: 16}}]",
-    "int8": "[{int8: {}}]",
-    "fp8": "[{fp8: {}}]",
-    "nvfp4": "[{nvfp4: {}}]",
-    "turboquant": "[{turboquant: {}}]",
-    "think": "[{think: {keep_ratio: 0.5}}]",
-    "think-mean-kivi": "[{think: {keep_ratio: 0.5, mean_correction: true}}, {kivi: {group_size: 8}}]",
-    "fold-values": "[{fold-values: {}}]",
-    "kitty": "[{kitty: {group_size: 8}}]",
-    "transform": "[{transform: {}}]",
-    "transform-joint": "[{transform: {joint_heads: 2}}]",
-    "oscar": "[{oscar: {}}]",
-    "cskv": "[{cskv: {group_size: 8}}]",
+    "kivi-2-3": "[{kivi: {k_bits: 2, v_bits: 3, group_size: 8, layers: [1]}}]",  # layer 0 stays exact
+    "kivi-8-4 hadamard": (
+        "[{kivi: {k_bits: 8, v_bits: 4, group_size: 16, layers: [0]}}, "
+        "{hadamard: {group_size: 16, layers: [1]}}]"
+    ),
+    "int8 fp8": "[{int8: {layers: [0]}}, {fp8: {layers: [1]}}]",
+    "nvfp4 turboquant": "[{nvfp4: {layers: [0]}}, {turboquant: {layers: [1]}}]",
+    "think": (
+        "[{think: {keep_ratio: 0.5, layers: [0]}}, {think: {keep_ratio: 0.5, mean_correction: true, layers: [1]}}, "
+        "{kivi: {group_size: 8, layers: [1]}}]"
+    ),
+    "fold-values kitty": "[{fold-values: {layers: [0]}}, {kitty: {group_size: 8, layers: [1]}}]",
+    "transform": "[{transform: {layers: [0]}}, {transform: {joint_heads: 2, layers: [1]}}]",
+    "oscar cskv": "[{oscar: {layers: [0]}}, {cskv: {group_size: 8, layers: [1]}}]",
     "think-fold": "[{think: {keep_ratio: 0.5, mode: fold}}, {kivi: {group_size: 8}}]",
 }
 

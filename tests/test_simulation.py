@@ -55,16 +55,20 @@ def _compiled(recipe: str) -> CompiledModel:
 
 @lru_cache
 def _measured(recipe: str) -> TextAgreement:
-    exact = _compiled("exact")
     return teacher_forced(
-        _compiled(recipe), exact, _texts(), kind="prose", context=CONTEXT, expected=_expected()
+        *(_compiled(recipe), _exact(), _texts()), kind="prose", context=CONTEXT, expected=_expected()
     )
+
+
+@lru_cache
+def _exact() -> CompiledModel:
+    return _compiled("exact")
 
 
 @lru_cache
 def _expected() -> list[Tensor]:
     """The uncompressed model's logits of each text's tokens from CONTEXT on, [tokens, vocabulary] each."""
-    return [expected_logits(_compiled("exact"), text, CONTEXT) for text in _texts()]
+    return [expected_logits(_exact(), text, CONTEXT) for text in _texts()]
 
 
 def _fake_quantised(x: Tensor, bits: int, group: int, dim: int) -> Tensor:
