@@ -14,7 +14,7 @@ from kvcc.pipeline import Compiled, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe, parse_recipe
 from kvcc.runtime.model import CompiledModel
-from tests.tiny import tiny_graph, tiny_loaded
+from tests.tiny import shared_graph, tiny_loaded
 
 WINDOWS = "windows: {sinks: 2, recent: 4, page: 8}\n"
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def tokens(*lengths: int, seed: int = 0) -> list[list[int]]:
 def tiny_profile(name: str) -> Profile:
     """A profile of the tiny model on a few random prompts."""
     prompts = tuple(TokenPrompt(tuple(ids), str(i)) for i, ids in enumerate(tokens(60, 50, 40, seed=7)))
-    return calibrate(tiny_graph(name), [PromptSet("random", "sha256:0", 7, prompts)], skip_first=2)
+    return calibrate(shared_graph(name), [PromptSet("random", "sha256:0", 7, prompts)], skip_first=2)
 
 
 def recipe(passes: str = "[]", windows: str = WINDOWS) -> Recipe:
@@ -40,14 +40,18 @@ def recipe(passes: str = "[]", windows: str = WINDOWS) -> Recipe:
 
 def compiled(name: str, chosen: Recipe) -> Compiled:
     """A tiny architecture through a recipe."""
-    return run_passes(tiny_graph(name), tiny_profile(name), chosen)
+    return run_passes(shared_graph(name), tiny_profile(name), chosen)
 
 
 def runnable(name: str, chosen: Recipe, backend: Backend = reference) -> CompiledModel:
     """A tiny architecture, compiled and ready to run."""
-    found = compiled(name, chosen)
+    return running(name, compiled(name, chosen), chosen.name, backend)
+
+
+def running(name: str, found: Compiled, chosen: str = "", backend: Backend = reference) -> CompiledModel:
+    """A compiled tiny architecture, ready to run."""
     return CompiledModel(
-        tiny_graph(name).model, chosen.name, found.plan, found.module, found.tables, None, backend, CPU
+        shared_graph(name).model, chosen, found.plan, found.module, found.tables, None, backend, CPU
     )
 
 

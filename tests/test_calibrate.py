@@ -446,7 +446,8 @@ def test_the_command_has_the_librarys_defaults() -> None:
     assert (defaults["skip_first"], defaults["save_every"]) == (SKIP_FIRST, SAVE_EVERY)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 4])
 def test_a_run_that_was_killed_ends_with_the_same_profile(
     model_folder: Path, tmp_path: Path, kills: int
 ) -> None:

@@ -19,6 +19,7 @@ from tests.compiled import (
     compiled,
     recipe,
     runnable,
+    running,
     stepwise,
     tiny_profile,
     tokens,
@@ -84,7 +85,7 @@ def test_every_pass_on_every_architecture(name: str, setting: int, architecture:
     found = compiled(architecture, chosen)
     found.module.graph.lint()
     assert {n.layer for n in found.reports[0].notes} == set(range(len(found.plan.layers))) or name == "think"
-    model = runnable(architecture, chosen)
+    model = running(architecture, found)
     row = tokens(30)[0]
     logits = stepwise(model, [row], [24])[0]
     assert logits.isfinite().all()

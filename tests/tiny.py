@@ -93,10 +93,11 @@ def tiny_loaded(name: str, dtype: str = "float32") -> LoadedModel:
 
 
 @lru_cache
-def _captured(name: str) -> Graph:
+def shared_graph(name: str) -> Graph:
+    """The captured Graph of architecture `name`, the same object for all: for what does not change it."""
     return capture(tiny_loaded(name))
 
 
 def tiny_graph(name: str) -> Graph:
-    """The captured Graph of architecture `name`; a copy, so that a test may change it and its weights."""
-    return copy.deepcopy(_captured(name))
+    """A copy of it, so that a test may change it and its weights."""
+    return copy.deepcopy(shared_graph(name))
