@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import cast
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.cli import cli
 from kvcc.errors import DataError
-from kvcc.frontend import LoadedModel, load_model
+from kvcc.frontend import LoadedModel, capture, load_model
 from kvcc.planner import Goal, Search, candidates, pareto, search
 from kvcc.profile import Profile
-from kvcc.trials import Measured
+from kvcc.runtime import CompiledModel
+from kvcc.shared_prefill import Filler, Prompt, filler
+from kvcc.trials import Measured, Trials
 from tests.saved import save_tiny_llama
 
 SMALL = {"texts": 1, "context": 96, "tokens": 32}
@@ -65,6 +69,37 @@ def test_a_budget_takes_the_least_divergence(loaded: LoadedModel, tmp_path: Path
     kept["measured"] = {k: v | {"kl": 7.0} for k, v in kept["measured"].items()}
     state.write_text(json.dumps(kept))
     assert search(loaded, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL).winner.kl == 7.0
+
+
+def test_measurements_are_those_of_forward_passes(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Off a shared prefill, unless a recipe changes what prompts compute."""
+    graph, shared = capture(loaded), list[bool]()
+    ids = torch.arange(300) % 250
+    profile = calibrate(graph, [PromptSet("counting", "", 0, (TokenPrompt(tuple(ids.tolist()), "0"),))])
+    trials = Trials(loaded, profile, graph, *SMALL.values(), 0, None)
+
+    def told(model: CompiledModel, prompt: Prompt) -> Filler | None:
+        shared.append(True)
+        return filler(model, prompt)
+
+    monkeypatch.setattr("kvcc.trials.filler", told)
+    narrow = f"{WINDOWS}passes:\n  - think: {{keep_ratio: 0.5, value_keep_ratio: 0.5}}\n"
+    for recipe, exact in ((RECIPES[1], True), (narrow, False)):
+        shared.clear()
+        trials.known.clear()
+        found = trials.measure(recipe, None)
+        assert bool(shared) == exact
+        monkeypatch.setattr(trials, "tolerance", -1.0)
+        trials.known.clear()
+        own = trials.measure(recipe, None)
+        monkeypatch.undo()
+        monkeypatch.setattr("kvcc.trials.filler", told)
+        assert found is not None
+        assert own is not None
+        assert found.kl == pytest.approx(own.kl, rel=1e-3)
+        assert found.bits == own.bits
 
 
 def test_a_divergence_takes_the_fewest_bits(loaded: LoadedModel) -> None:
