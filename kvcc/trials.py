@@ -14,6 +14,7 @@ from kvcc.atomic import write_atomically
 from kvcc.attention_time import attention_ms
 from kvcc.calibration import encode_sets
 from kvcc.calibration_data import load_prompts
+from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, runtime_tokenizer
 from kvcc.graph import Graph
 from kvcc.kernels import backend as kernel_backend
@@ -59,7 +60,7 @@ class Trials:
     """Texts of each kind of DATA, and what was measured on them; kept in the file `state` when given.
 
     The first `texts` of a kind are what recipes are compared on, as many others what the best are verified on: `tokens`
-    predictions behind `context` tokens.
+    predictions behind `context` tokens, or as many as the model's context leaves. Raises DataError where it leaves few.
     """
 
     def __init__(
@@ -74,6 +75,13 @@ class Trials:
         state: Path | None,
     ) -> None:
         self.profile, self.graph, self.count, self.state = profile, graph, texts, state
+        left = loaded.identity.context_length - tokens
+        if left < OPENING:
+            raise DataError(
+                f"{loaded.identity.name} has a context of {loaded.identity.context_length} tokens; planning takes "
+                f"{tokens} predictions behind {OPENING} or more"
+            )
+        context = min(context, left)
         length = context + tokens
         prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
         sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)

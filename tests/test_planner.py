@@ -102,6 +102,15 @@ def test_measurements_are_those_of_forward_passes(
         assert found.bits == own.bits
 
 
+def test_texts_fit_the_model_s_context(loaded: LoadedModel) -> None:
+    some = {"recipes": RECIPES[2:], "texts": 1}
+    assert search(loaded, None, Goal(bits=20), **some, context=4000, tokens=32).winner.kl > 0
+    with pytest.raises(
+        DataError, match="has a context of 2048 tokens; planning takes 2020 predictions behind 32"
+    ):
+        search(loaded, None, Goal(bits=20), **some, context=64, tokens=2020)
+
+
 def test_a_divergence_takes_the_fewest_bits(loaded: LoadedModel) -> None:
     everything = search(loaded, None, Goal(bits=20), recipes=RECIPES, **SMALL)
     by_bits = sorted(everything.measured, key=lambda m: m.bits)
