@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,7 @@ from kvcc.uncompressed import EXACT_TOLERANCE, uncompressed
 DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
 CHUNK = 64  # tokens appended at once while measuring
 TIMED = 4096  # tokens that attention is timed over
-OPENING = (
-    32  # tokens on which a recipe must compute what the model does, for its prompts not to be computed again
-)
+OPENING = 32  # tokens that tell whether a recipe computes prompts as the model does
 
 
 @dataclass(frozen=True)
@@ -85,15 +84,14 @@ class Trials:
         length = context + tokens
         prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
         sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)
-        reference = uncompressed(loaded, None, graph)
-        self.texts, self.short = {}, {}
+        self.reference = uncompressed(loaded, None, graph)
+        self.texts = {}
         for each in sets:
             rows = [p.ids for p in each.prompts if len(p.ids) == length][: 2 * texts]
-            self.texts[each.name] = [_text(reference, ids[:context], ids[context:]) for ids in rows]
-            self.short[each.name] = [_shortened(reference, self.texts[each.name][0])]
-        first = next(iter(self.texts.values()))[0].prompt
-        self.opening = first.tokens[:OPENING]
-        self.opened = _opened(reference, self.opening)
+            self.texts[each.name] = [_text(self.reference, ids[:context], ids[context:]) for ids in rows]
+        self.prompt = next(iter(self.texts.values()))[0].prompt
+        self.opening = self.prompt.tokens[:OPENING]
+        self.opened = _opened(self.reference, self.opening)
         self.tolerance = EXACT_TOLERANCE[loaded.identity.dtype]
         given = [] if profile is None else profile.prompts
         about = ["behind", loaded.identity.digest, context, tokens, texts, seed, given]
@@ -149,11 +147,16 @@ class Trials:
         taken = attention_ms(plan, kernels, TIMED) if timed else None
         return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds, taken)
 
+    @cached_property
+    def short(self) -> dict[str, list[Text]]:
+        """The first text of each kind with half its prompt and a quarter of the tokens behind."""
+        return {name: [_shortened(self.reference, every[0])] for name, every in self.texts.items()}
+
     def _prefill(self, model: CompiledModel) -> Filler | None:
         """What fills caches of `model`; None where it computes prompts in a way of its own."""
         if float((_opened(model, self.opening) - self.opened).abs().max()) > self.tolerance:
             return None
-        return filler(model, next(iter(self.texts.values()))[0].prompt)
+        return filler(model, self.prompt)
 
 
 def _text(reference: CompiledModel, context: Sequence[int], behind: Sequence[int]) -> Text:
@@ -167,20 +170,24 @@ def _shortened(reference: CompiledModel, text: Text) -> Text:
     following = (*text.prompt.tokens[context:], *text.behind)
     behind = following[: max(1, len(text.behind) // 4)]
     prompt = text.prompt.first(context)
-    cache = reference.new_cache(1)
-    reference.forward([prompt.tokens], cache)
+    cache = _filled(reference, prompt, filler(reference, prompt))
     return Text(prompt, behind, _continued(reference, cache, behind))
 
 
 def _loss(model: CompiledModel, text: Text, prefill: Filler | None) -> float:
     """Mean KL(expected || predicted) behind the prompt, in nats a token."""
+    found = _continued(model, _filled(model, text.prompt, prefill), text.behind)
+    return float((text.expected.exp() * (text.expected - found)).sum(-1).mean())
+
+
+def _filled(model: CompiledModel, prompt: Prompt, prefill: Filler | None) -> Cache:
+    """A cache that holds the prompt, by a forward pass where there is nothing else."""
     cache = model.new_cache(1)
     if prefill is None:
-        model.forward([text.prompt.tokens], cache)
+        model.forward([prompt.tokens], cache)
     else:
-        prefill.fill(cache, text.prompt)
-    found = _continued(model, cache, text.behind)
-    return float((text.expected.exp() * (text.expected - found)).sum(-1).mean())
+        prefill.fill(cache, prompt)
+    return cache
 
 
 def _continued(model: CompiledModel, cache: Cache, tokens: Sequence[int]) -> Tensor:

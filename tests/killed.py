@@ -1,10 +1,10 @@
 """python -m tests.killed export|calibrate MODEL FOLDER KILLS: a command killed at random moments, and what it left.
 
 The command runs in children of one warm process, which remembers the model's graph, so that a run takes a part of a
-second and not ten. Half of the kills come at
-any moment of a run, the others while something is being written. Prints how often nothing, something old or something
-new was there afterwards, as JSON; anything else ends with a traceback. There are more kills, up to four times as many,
-while one of the three was never found: a machine that is busy now was idle when a run was timed, or the reverse.
+second and not ten. Half of the kills come at any moment of a run, the others while something is being written. Prints
+how often nothing, something old or something new was there afterwards, as JSON; anything else ends with a traceback.
+There are more kills, up to four times as many, while one of the three was never found: a machine that is busy now was
+idle when a run was timed, or the reverse.
 """
 
 import json
