@@ -6,15 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from kvcc.errors import PassError
 from kvcc.graph import Graph
+from kvcc.kernels import backend as kernel_backend
 from kvcc.lowering import lower
 from kvcc.passes import Compilation, Note, Pass, start
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe
+from kvcc.runtime import CompiledModel
+from kvcc.runtime.fuse import fuse
+from kvcc.runtime.identity import ModelIdentity
 from kvcc.runtime.plan import Plan
+from kvcc.runtime.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,15 @@ def run_passes(
             on_pass(report)
     module = lower(compilation.graph.module)
     return Compiled(module, compilation.plan, compilation.tables, tuple(reports))
+
+
+def in_memory(
+    compiled: Compiled, model: ModelIdentity, name: str, tokenizer: Tokenizer | None = None
+) -> CompiledModel:
+    """What was compiled, ready to run on the CPU under the recipe's `name`, without an artifact; fuses its graph."""
+    cpu = torch.device("cpu")
+    graph, kernels = fuse(compiled.module), kernel_backend("auto", cpu)
+    return CompiledModel(model, name, compiled.plan, graph, compiled.tables, tokenizer, kernels, cpu)
 
 
 def _copied(module: fx.GraphModule) -> fx.GraphModule:

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kvcc.atomic import write_atomically
@@ -18,13 +17,11 @@ from kvcc.calibration_data import load_prompts
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, runtime_tokenizer
 from kvcc.graph import Graph
-from kvcc.kernels import backend as kernel_backend
-from kvcc.pipeline import run_passes
+from kvcc.pipeline import in_memory, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import parse_recipe
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.cache import Cache
-from kvcc.runtime.fuse import fuse
 from kvcc.shared_prefill import Filler, Prompt, filler, record
 from kvcc.uncompressed import EXACT_TOLERANCE, uncompressed
 
@@ -134,17 +131,13 @@ class Trials:
         plan = made.plan
         if bits is not None and plan.bits_per_element() > bits + 1e-9:
             return None
-        device = torch.device("cpu")
-        kernels = kernel_backend("auto", device)
-        model = CompiledModel(
-            self.graph.model, "plan", plan, fuse(made.module), made.tables, None, kernels, device
-        )
+        model = in_memory(made, self.graph.model, "plan")
         prefill = self._prefill(model)
         some = slice(first, first + self.count)
         texts = self.short if short else {name: every[some] for name, every in self.texts.items()}
         kinds = {n: sum(_loss(model, t, prefill) for t in every) / len(every) for n, every in texts.items()}
         mean = sum(kinds.values()) / len(kinds)
-        taken = attention_ms(plan, kernels, TIMED) if timed else None
+        taken = attention_ms(plan, model.backend, TIMED) if timed else None
         return Measured(recipe, plan.bits_per_element(), plan.bytes_per_token(), mean, kinds, taken)
 
     @cached_property

@@ -5,11 +5,9 @@ import torch
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, capture, reference_logits
 from kvcc.graph import Graph
-from kvcc.kernels import backend as kernel_backend
-from kvcc.pipeline import run_passes
+from kvcc.pipeline import in_memory, run_passes
 from kvcc.recipe import load_recipe
 from kvcc.runtime import CompiledModel
-from kvcc.runtime.fuse import fuse
 from kvcc.runtime.tokenizer import Tokenizer
 
 EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
@@ -25,17 +23,7 @@ def uncompressed(
     Raises DataError when they differ by more than rounding: nothing may be measured against a wrong reference.
     """
     compiled = run_passes(graph or capture(loaded), None, load_recipe("exact"))
-    device = torch.device("cpu")
-    model = CompiledModel(
-        loaded.identity,
-        "exact",
-        compiled.plan,
-        fuse(compiled.module),
-        {},
-        tokenizer,
-        kernel_backend("auto", device),
-        device,
-    )
+    model = in_memory(compiled, loaded.identity, "exact", tokenizer)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, loaded.identity.vocab_size, (1, 32), generator=generator)
     mask = torch.ones_like(tokens)
