@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kvcc.measure import divergences
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.plan import Plan
 
@@ -62,6 +63,6 @@ def _divergence(
         if len(text) > context + 1:
             parts.append(model.forward([text[context:-1]], cache, chunk=CHUNK, every=True))
         ours, theirs = torch.cat(parts).float().log_softmax(-1), wanted.float().log_softmax(-1)
-        total += float((theirs.exp() * (theirs - ours.to(theirs.device))).sum(-1).clamp_min(0).double().sum())
+        total += float(divergences(theirs, ours.to(theirs.device)).sum())
         count += len(wanted)
     return total / count

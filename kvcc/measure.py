@@ -119,15 +119,19 @@ def expected_logits(reference: CompiledModel, text: Sequence[int], context: int)
     return torch.cat([head, rest])
 
 
+def divergences(expected: Tensor, found: Tensor) -> Tensor:
+    """KL(expected || found) of each row of log-probabilities [N, V], in nats, [N] float64."""
+    return (expected.exp() * (expected - found)).sum(-1).clamp_min(0).double()
+
+
 def _compare(logits: Tensor, expected: Tensor, target: Tensor) -> Tensor:
     """Summed over rows: KL(expected || logits), agreement of the most likely token, and both NLLs of the target."""
     ours, theirs = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
-    kl = (theirs.exp() * (theirs - ours)).sum(-1).clamp_min(0)
     same = (ours.argmax(-1) == theirs.argmax(-1)).double()
     pick = target[:, None]
     return torch.stack(
         [
-            kl.double().sum(),
+            divergences(theirs, ours).sum(),
             same.sum(),
             -ours.gather(1, pick).double().sum(),
             -theirs.gather(1, pick).double().sum(),

@@ -17,6 +17,7 @@ from kvcc.calibration_data import load_prompts
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, runtime_tokenizer
 from kvcc.graph import Graph
+from kvcc.measure import divergences
 from kvcc.pipeline import in_memory, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import parse_recipe
@@ -170,7 +171,7 @@ def _shortened(reference: CompiledModel, text: Text) -> Text:
 def _loss(model: CompiledModel, text: Text, prefill: Filler | None) -> float:
     """Mean KL(expected || predicted) behind the prompt, in nats a token."""
     found = _continued(model, _filled(model, text.prompt, prefill), text.behind)
-    return float((text.expected.exp() * (text.expected - found)).sum(-1).mean())
+    return float(divergences(text.expected, found).mean())
 
 
 def _filled(model: CompiledModel, prompt: Prompt, prefill: Filler | None) -> Cache:

@@ -13,8 +13,8 @@ from kvcc.pipeline import run_passes
 from kvcc.runtime.captured import Attention, CapturedStep
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
-from tests.compiled import recipe, runnable, tokens
-from tests.tiny import ARCHITECTURES, tiny_graph, tiny_loaded
+from tests.compiled import recipe, runnable, running, tokens
+from tests.tiny import ARCHITECTURES, tiny_loaded
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 EXACT = "[]"
@@ -119,10 +119,7 @@ def test_a_bfloat16_model_decodes_with_activations_in_float32() -> None:
     found = {}
     for dtype, captures in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
         made = run_passes(capture_model(tiny_loaded("llama", dtype)), None, recipe())
-        identity = tiny_graph("llama").model
-        model = CompiledModel(
-            identity, "", made.plan, made.module, made.tables, None, cpu, torch.device("cpu")
-        )
+        model = running("llama", made, backend=cpu)
         if captures:
             fuse(model.graph)
         else:

@@ -1,6 +1,7 @@
 """Salient tokens: what probes see, the order in which pages hold tokens, and two classes through the real cache."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,7 @@ from kvcc.kernels import cpu, reference
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
 from kvcc.runtime.saliency import Probes, saliency, salient_first
-from tests.compiled import CPU, compiled, recipe, runnable, stepwise, tokens, transformers_logits
-from tests.tiny import tiny_graph
+from tests.compiled import compiled, recipe, runnable, running, stepwise, tokens, transformers_logits
 
 PAGES = "windows: {sinks: 2, recent: 4, page: 16}\n"
 
@@ -51,9 +51,7 @@ def test_pages_hold_salient_tokens_first() -> None:
 
 def on_cpu(options: str) -> CompiledModel:
     found = compiled("llama", recipe(f"\n  - zipcache: {{{options}}}", PAGES))
-    return CompiledModel(
-        tiny_graph("llama").model, "", found.plan, fuse(found.module), found.tables, None, cpu, CPU
-    )
+    return running("llama", replace(found, module=fuse(found.module)), backend=cpu)
 
 
 def test_more_bits_for_salient_tokens_help(caplog: pytest.LogCaptureFixture) -> None:

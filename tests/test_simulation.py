@@ -19,9 +19,8 @@ from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import held_out, load_prompts
 from kvcc.frontend import LoadedModel, capture, load_model, runtime_tokenizer
 from kvcc.graph import Graph, attention_nodes
-from kvcc.kernels import backend
 from kvcc.measure import TextAgreement, expected_logits, teacher_forced
-from kvcc.pipeline import run_passes
+from kvcc.pipeline import in_memory, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import load_recipe
 from kvcc.runtime.model import CompiledModel
@@ -47,10 +46,7 @@ def _texts() -> list[list[int]]:
 
 def _compiled(recipe: str) -> CompiledModel:
     loaded, graph = _model()
-    found = run_passes(graph, None, load_recipe(recipe))
-    cpu = torch.device("cpu")
-    kernels = backend("auto", cpu)
-    return CompiledModel(loaded.identity, recipe, found.plan, found.module, found.tables, None, kernels, cpu)
+    return in_memory(run_passes(graph, None, load_recipe(recipe)), loaded.identity, recipe)
 
 
 @lru_cache
@@ -165,14 +161,10 @@ def _profile() -> Profile:
 
 def test_think_stores_a_fifth_less_than_kivi_alone() -> None:
     loaded, graph = _model()
-    cpu = torch.device("cpu")
-    kernels = backend("auto", cpu)
     sizes = {}
     for recipe in ("kivi-4", "think-40-kivi-4"):
         found = run_passes(graph, _profile(), load_recipe(recipe))
-        model = CompiledModel(
-            loaded.identity, recipe, found.plan, found.module, found.tables, None, kernels, cpu
-        )
+        model = in_memory(found, loaded.identity, recipe)
         empty = filled_cache_bytes(model, SINKS)
         sizes[recipe] = filled_cache_bytes(model, 8192) - empty  # pages: the exact windows are the same
         k = {p.channels for layer in found.plan.layers for head in layer.heads for p in head.k.planes}
@@ -186,11 +178,7 @@ def test_think_stores_a_fifth_less_than_kivi_alone() -> None:
 def test_a_ragged_batch_of_real_prompts_gives_each_its_own_text(recipe: str) -> None:
     """Lengths around the windows and pages: below 16 + 64, at a page's border, one beyond it, and well beyond."""
     loaded, graph = _model()
-    found = run_passes(graph, _profile(), load_recipe(recipe))
-    cpu = torch.device("cpu")
-    model = CompiledModel(
-        loaded.identity, recipe, found.plan, found.module, found.tables, None, backend("auto", cpu), cpu
-    )
+    model = in_memory(run_passes(graph, _profile(), load_recipe(recipe)), loaded.identity, recipe)
     prompts = [text[:n] for text, n in zip(_texts(), (40, 143, 145, 400))]
     together = [g.tokens for g in model.generate(prompts, max_tokens=24, ignore_eos=True)]
     alone = [model.generate([p], max_tokens=24, ignore_eos=True)[0].tokens for p in prompts]

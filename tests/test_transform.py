@@ -1,6 +1,7 @@
 """Transform coding: bases, steps and bits against plain computations, and the pass through the real cache."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kvcc.graph import attention_nodes, attention_spec
 from kvcc.kernels import cpu, reference, token_scales
 from kvcc.kernels.levels import NORMAL
 from kvcc.kernels.pool import PagePool
+from kvcc.kernels.protocol import Backend
 from kvcc.passes import pass_class
 from kvcc.passes.transform import _allocated
 from kvcc.pipeline import run_passes
@@ -32,7 +34,7 @@ from kvcc.transform_coding import (
     shrunk,
     widened,
 )
-from tests.compiled import CPU, compiled, recipe, runnable, stepwise, tokens, transformers_logits
+from tests.compiled import CPU, compiled, recipe, runnable, running, stepwise, tokens, transformers_logits
 from tests.tiny import tiny_graph
 
 
@@ -212,11 +214,9 @@ def profile() -> Profile:
     return calibrate(tiny_graph("llama"), sets, skip_first=2, gradients=True)
 
 
-def model_of(profile: Profile, options: str, backend: object = reference) -> CompiledModel:
+def model_of(profile: Profile, options: str, backend: Backend = reference) -> CompiledModel:
     made = run_passes(tiny_graph("llama"), profile, recipe(f"\n  - transform: {{{options}}}"))
-    return CompiledModel(
-        *(tiny_graph("llama").model, "", made.plan, fuse(made.module), made.tables, None, backend, CPU)  # type: ignore[arg-type]
-    )
+    return running("llama", replace(made, module=fuse(made.module)), backend=backend)
 
 
 @pytest.mark.parametrize(
