@@ -104,6 +104,7 @@ def test_head_sizes_groups_and_widths(spec: Spec) -> None:
     torch.testing.assert_close(lse, expected_lse, atol=tolerance(spec.dtype), rtol=0)
 
 
+@pytest.mark.slow
 def test_the_gpu_benchmark_from_its_arguments_to_its_rows(capsys: pytest.CaptureFixture[str]) -> None:
     """All of it but the GPU's clock: what it checks, fills, runs and computes."""
     arguments = gpu.parser().parse_args(
