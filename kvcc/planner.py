@@ -20,7 +20,8 @@ from kvcc.mixing import mixed_recipe, single_side
 from kvcc.profile import Profile
 from kvcc.trials import DATA, Measured, Trials
 
-CALIBRATION_PROMPTS, CALIBRATION_LENGTH = 12, 1024
+CALIBRATION = f"{DATA},retrieval"  # long contexts are asked for facts in them
+CALIBRATION_PROMPTS, CALIBRATION_LENGTH = 15, 1024
 FINALISTS = 3
 DATA_FREE = (
     "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
@@ -97,9 +98,9 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[s
 
 
 def calibrated(loaded: LoadedModel, seed: int = 0, on_progress: Progress | None = None) -> Profile:
-    """A profile with gradients, of DATA, for searching without one that was made before."""
+    """A profile with gradients, of CALIBRATION, for searching without one that was made before."""
     report = on_progress or (lambda what, done, total: None)
-    prompts = load_prompts(DATA, samples=CALIBRATION_PROMPTS, length=CALIBRATION_LENGTH, seed=seed)
+    prompts = load_prompts(CALIBRATION, samples=CALIBRATION_PROMPTS, length=CALIBRATION_LENGTH, seed=seed)
     sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=CALIBRATION_LENGTH)
     return calibrate(
         capture(loaded),
