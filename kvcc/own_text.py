@@ -31,7 +31,9 @@ def own_text(
     for first in range(0, samples, BATCH):
         some = rows[first : first + BATCH]
         room = length - max(map(len, some))
-        draws = random.Random(f"{NAME} {seed} {first}").getrandbits(48)  # rows draw from this seed and the next ones
+        draws = random.Random(f"{NAME} {seed} {first}").getrandbits(
+            48
+        )  # rows draw from this seed and the next ones
         sampling = Sampling(temperature=1.0, seed=draws)
         for piece in stream(model, [*some], max_tokens=room, sampling=sampling, ignore_eos=True):
             rows[first + piece.index].append(piece.token)

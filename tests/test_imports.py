@@ -87,7 +87,7 @@ def test_the_package_keeps_the_rules() -> None:
         ("calibration_data/prose.py", "from kvcc.runtime.tokenizer import Tokenizer"),
         ("kvcc/calibration.py", "import transformers"),
         ("passes/kivi.py", "import transformers.utils"),
-        ("kvcc/report.py", "from runtime.plan import Plan"),
+        ("kvcc/compile.py", "from runtime.plan import Plan"),
         ("passes/kivi.py", "import kernels"),
     ],
 )

@@ -23,8 +23,8 @@ from kvcc.layer_errors import layer_errors, only
 from kvcc.measure import expected_logits
 from kvcc.recipe import parse_recipe
 from kvcc.report import Extras, report_figures, report_html, stored_facts
-from kvcc.report_sections import report_sections
-from kvcc.report_verdict import read_verdict
+from kvcc.report.sections import report_sections
+from kvcc.report.verdict import read_verdict
 from kvcc.runtime.artifact import read_artifact
 from kvcc.runtime.calibrated import Calibrated, CalibrationSource, KeyEnergy
 from kvcc.runtime.plan import Plan

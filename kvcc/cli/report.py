@@ -65,8 +65,8 @@ def command(
                 f"{path} is inside the artifact, which would no longer match its digests; "
                 "write it elsewhere (kvcc check --store keeps a report inside)"
             )
-    from kvcc.plots import write_plots
     from kvcc.report import Extras, render_report, stored_facts
+    from kvcc.report.plots import write_plots
 
     extras = Extras(profile, front)
     written = []

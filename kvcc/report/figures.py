@@ -10,7 +10,7 @@ from markupsafe import Markup
 from kvcc import charts
 from kvcc.fronts import Front, Point, drawn
 from kvcc.measure import Bucket, RetrievalScore, TextAgreement
-from kvcc.report_verdict import Measured
+from kvcc.report.verdict import Measured
 from kvcc.runtime.calibrated import Calibrated, KeyEnergy
 
 Facts = dict[str, Any]

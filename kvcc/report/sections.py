@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from kvcc.fronts import Front, Point
-from kvcc.report_figures import (
+from kvcc.report.figures import (
     Facts,
     Figure,
     Table,
@@ -15,7 +15,7 @@ from kvcc.report_figures import (
     memory_figures,
     retrieval_figures,
 )
-from kvcc.report_verdict import Measured
+from kvcc.report.verdict import Measured
 from kvcc.runtime.calibrated import Calibrated
 
 
