@@ -31,10 +31,8 @@ def own_text(
     for first in range(0, samples, BATCH):
         some = rows[first : first + BATCH]
         room = length - max(map(len, some))
-        draws = random.Random(f"{NAME} {seed} {first}").getrandbits(
-            48
-        )  # rows draw from this seed and the next ones
-        sampling = Sampling(temperature=1.0, seed=draws)
+        # Rows draw from this seed and the next ones.
+        sampling = Sampling(temperature=1.0, seed=random.Random(f"{NAME} {seed} {first}").getrandbits(48))
         for piece in stream(model, [*some], max_tokens=room, sampling=sampling, ignore_eos=True):
             rows[first + piece.index].append(piece.token)
             written += 1
