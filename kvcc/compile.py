@@ -16,7 +16,7 @@ from kvcc.key_energy import calibrated
 from kvcc.pipeline import Compiled, PassReport, run_passes
 from kvcc.profile import Profile
 from kvcc.recipe import Recipe
-from kvcc.report import report_html
+from kvcc.report import report_facts, report_html
 from kvcc.surgery import attribute
 
 
@@ -56,7 +56,9 @@ def compile_model(
             tokenizer_dir=tokenizer,
             accuracy=None,
             report_html=report_html(
-                compiled.plan, loaded.identity, recipe.as_dict(), provenance, None, calibration=recorded
+                report_facts(
+                    compiled.plan, loaded.identity, recipe.as_dict(), provenance, None, calibration=recorded
+                )
             ),
             licence=None,
             folded=folded(graph.module, compiled.module),

@@ -180,7 +180,7 @@ class Page(HTMLParser):
 
 
 def render(which: Plan, measured: dict[str, Any] | None = None, **changes: Any) -> str:
-    return report_html(which, identity(**changes), RECIPE, PROVENANCE, measured)
+    return report_html(report_facts(which, identity(**changes), RECIPE, PROVENANCE, measured))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -247,7 +247,7 @@ def test_hostile_names_are_text() -> None:
     recipe = {"name": HOSTILE, "summary": HOSTILE, "passes": [{HOSTILE: {HOSTILE: [HOSTILE]}}]}
     provenance = {HOSTILE: HOSTILE, "files": {HOSTILE: HOSTILE}}
     names = identity(name=HOSTILE, model_type=HOSTILE, digest=HOSTILE, tokenizer_digest=HOSTILE)
-    html = report_html(PLANS["alternating"], names, recipe, provenance, measured)
+    html = report_html(report_facts(PLANS["alternating"], names, recipe, provenance, measured))
     page = Page(html)
     assert not {tag for tag, _ in page.seen} & {"script", "img", "link", "iframe"}
     assert not [a for _, attributes in page.seen for a in attributes if a.startswith("on") or a == "src"]
@@ -267,7 +267,7 @@ def test_the_recipe_reads_as_yaml() -> None:
 
 @pytest.mark.parametrize("recipe", [{}, {"name": None}, {"passes": "none"}, {"a": {"b": [None, 1.5, True]}}])
 def test_any_recipe_mapping_can_be_shown(recipe: dict[str, Any]) -> None:
-    Page(report_html(PLANS["one layer"], identity(), recipe, {}, None))
+    Page(report_html(report_facts(PLANS["one layer"], identity(), recipe, {}, None)))
 
 
 def test_verdict_of_one_bucket_and_nothing_else() -> None:

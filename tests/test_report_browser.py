@@ -31,13 +31,15 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module", params=["full", "unmeasured"])
 def report(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from kvcc.report import report_html
+    from kvcc.report import report_facts, report_html
 
     facts = PLANS["thirty layers"], identity(), RECIPE, PROVENANCE
     everything = request.param == "full"
     extras: dict[str, Any] = {"calibration": CALIBRATED, "front": FRONT} if everything else {}
     path = tmp_path_factory.mktemp("report") / f"{request.param}.html"
-    path.write_text(report_html(*facts, full() if everything else None, **extras), encoding="utf-8")
+    path.write_text(
+        report_html(report_facts(*facts, full() if everything else None, **extras)), encoding="utf-8"
+    )
     return path
 
 

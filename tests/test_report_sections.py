@@ -22,7 +22,7 @@ from kvcc.key_energy import calibrated
 from kvcc.layer_errors import layer_errors, only
 from kvcc.measure import expected_logits
 from kvcc.recipe import parse_recipe
-from kvcc.report import Extras, report_figures, report_html, stored_facts
+from kvcc.report import Extras, report_facts, report_figures, report_html, stored_facts
 from kvcc.report.sections import report_sections
 from kvcc.report.verdict import read_verdict
 from kvcc.runtime.artifact import read_artifact
@@ -63,7 +63,9 @@ def full() -> dict[str, Any]:
 
 
 def page_of(measured: dict[str, Any] | None, **extras: Any) -> str:
-    return report_html(PLANS["thirty layers"], identity(), RECIPE, PROVENANCE, measured, **extras)
+    return report_html(
+        report_facts(PLANS["thirty layers"], identity(), RECIPE, PROVENANCE, measured, **extras)
+    )
 
 
 def test_a_full_report_misses_nothing() -> None:
@@ -139,7 +141,7 @@ def test_windows_only_models_have_every_section() -> None:
     sections = report_sections(facts, read_verdict(full()), None, None)
     assert [s.id for s in sections] == ["memory", "channels", "accuracy", "by-layer", "retrieval", "front"]
     assert "never smaller" in sections[0].text[1]
-    html = report_html(plan(ring()), identity(), RECIPE, PROVENANCE, None)
+    html = report_html(report_facts(plan(ring()), identity(), RECIPE, PROVENANCE, None))
     assert Page(html).charts == 1
 
 

@@ -25,7 +25,10 @@ def report_facts(
     calibration: Calibrated | None = None,
     front: Front | None = None,
 ) -> Facts:
-    """Every number of the report as plain data, for JSON. Raises ArtifactError when `verdict` is not one."""
+    """Every number of the report as plain data, for JSON and the page.
+
+    `verdict` is `Verdict.as_dict()`, or the same from JSON. Raises ArtifactError when it is not one.
+    """
     if verdict is not None:
         read_verdict(verdict)
     layouts = plan.layouts()

@@ -13,34 +13,20 @@ from markupsafe import Markup, escape
 
 from kvcc import charts
 from kvcc.fronts import Front, Point
-from kvcc.report.facts import report_facts
 from kvcc.report.figures import Facts
 from kvcc.report.sections import Section, report_sections
 from kvcc.report.verdict import Measured, read_verdict
 from kvcc.runtime.calibrated import Calibrated
-from kvcc.runtime.identity import ModelIdentity
-from kvcc.runtime.plan import Plan
 
 EXAMPLE = 8192  # tokens, of the figure at the top, where the model's context is that long
 
 
-def report_html(
-    plan: Plan,
-    identity: ModelIdentity,
-    recipe: Mapping[str, Any],
-    provenance: Mapping[str, Any],
-    verdict: Mapping[str, Any] | None,
-    *,
-    calibration: Calibrated | None = None,
-    front: Front | None = None,
-) -> str:
-    """One self-contained HTML page; the same input gives the same text.
+def report_html(facts: Facts) -> str:
+    """One self-contained HTML page of what `report_facts` gathered; the same facts give the same text.
 
-    `provenance` maps labels to values, and under "files" file names to digests. `verdict` is
-    `Verdict.as_dict()`, or the same from JSON. Raises ArtifactError when the verdict is not one.
+    Their provenance maps labels to values, and under "files" file names to digests.
     """
-    facts = report_facts(plan, identity, recipe, provenance, verdict, calibration=calibration, front=front)
-    measured = None if verdict is None else read_verdict(verdict)
+    recipe, measured = facts["recipe"], _measured(facts)
     return _template().render(
         facts=facts,
         model=facts["model"],
@@ -48,9 +34,9 @@ def report_html(
         sections=sections_of(facts),
         recipe_name=str(recipe.get("name") or "(unnamed)"),
         recipe_summary=str(recipe.get("summary") or ""),
-        files=provenance.get("files", {}),
+        files=facts["provenance"].get("files", {}),
         recipe_yaml=escape(yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True)),
-        calibration=calibration,
+        calibration=_calibration(facts),
         measured=measured,
         style=Markup(charts.STYLE),
     )
@@ -58,14 +44,21 @@ def report_html(
 
 def sections_of(facts: Facts) -> list[Section]:
     """The report's sections, from nothing but its facts."""
-    accuracy, calibration, front = facts["accuracy"], facts["calibration"], facts["front"]
-    measured = None if accuracy is None else read_verdict(accuracy)
+    front = facts["front"]
     return report_sections(
         facts,
-        measured,
-        None if calibration is None else Calibrated.model_validate(calibration),
+        _measured(facts),
+        _calibration(facts),
         None if front is None else Front(front["command"], tuple(Point(**p) for p in front["points"])),
     )
+
+
+def _measured(facts: Facts) -> Measured | None:
+    return None if facts["accuracy"] is None else read_verdict(facts["accuracy"])
+
+
+def _calibration(facts: Facts) -> Calibrated | None:
+    return None if facts["calibration"] is None else Calibrated.model_validate(facts["calibration"])
 
 
 def _summary(facts: Facts, measured: Measured | None) -> list[tuple[str, str, str]]:

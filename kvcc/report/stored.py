@@ -33,23 +33,11 @@ def render_report(artifact: Path, verdict: "Verdict | None", extras: Extras | No
     Without `verdict` it shows the accuracy stored in the artifact, if any. Raises ArtifactError, and for `extras`
     ProfileError and DataError.
     """
-    found = _read(artifact)
-    measured = verdict.as_dict() if verdict is not None else found.accuracy
-    calibration, front = _extras(found, extras or Extras())
-    manifest = found.manifest
-    return report_html(
-        found.plan,
-        manifest.model,
-        manifest.recipe,
-        _provenance(found),
-        measured,
-        calibration=calibration,
-        front=front,
-    )
+    return report_html(stored_facts(artifact, extras, verdict))
 
 
-def stored_facts(artifact: Path, extras: Extras | None = None) -> Facts:
-    """`report_facts` of an artifact folder, with the accuracy stored in it. Raises what `render_report` does."""
+def stored_facts(artifact: Path, extras: Extras | None = None, verdict: "Verdict | None" = None) -> Facts:
+    """`report_facts` of an artifact folder, with `verdict` or the accuracy stored in it; raises as `render_report`."""
     found = _read(artifact)
     manifest = found.manifest
     calibration, front = _extras(found, extras or Extras())
@@ -58,7 +46,7 @@ def stored_facts(artifact: Path, extras: Extras | None = None) -> Facts:
         manifest.model,
         manifest.recipe,
         _provenance(found),
-        found.accuracy,
+        found.accuracy if verdict is None else verdict.as_dict(),
         calibration=calibration,
         front=front,
     )
