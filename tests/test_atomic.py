@@ -1,6 +1,7 @@
 """Artifacts and profiles appear whole or not at all: killed, several at once, on a full disk, without permission."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from kvcc.artifact import read_artifact
 from kvcc.atomic import write_atomically
 from kvcc.profile import Profile
 from tests.saved import save_tiny_llama
+from tests.test_profile import tiny_profile
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -71,25 +73,23 @@ def test_exports_at_once_do_not_mix(model: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["a.kvcc"]
 
 
-@posix
+def _save_often(lengths: list[tuple[int, int]], folder: Path) -> None:
+    profile = tiny_profile(lengths)
+    for _ in range(30):
+        profile.save(folder)
+
+
 def test_profiles_saved_at_once_do_not_mix(tmp_path: Path) -> None:
     """Each of two processes saves its own many times; the folder holds one of them, and nothing else."""
-    from tests.test_profile import tiny_profile
-
-    profiles = [tiny_profile([(1, 40)]), tiny_profile([(2, 30)])]
-    children = []
-    for profile in profiles:
-        child = os.fork()
-        if child == 0:
-            try:
-                for _ in range(30):
-                    profile.save(tmp_path)
-            except BaseException:
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    assert Profile.load(tmp_path).prompts in [profile.prompts for profile in profiles]
+    shapes = [[(1, 40)], [(2, 30)]]
+    fresh = multiprocessing.get_context("spawn")
+    children = [fresh.Process(target=_save_often, args=(shape, tmp_path)) for shape in shapes]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    assert Profile.load(tmp_path).prompts in [tiny_profile(shape).prompts for shape in shapes]
     assert len(list(tmp_path.iterdir())) == 2
 
 
