@@ -14,10 +14,11 @@ from typing import Any
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.errors import DataError, KvccError
-from kvcc.frontend import LoadedModel, capture, runtime_tokenizer
-from kvcc.graph import attention_nodes, attention_spec
+from kvcc.graph import Graph, attention_nodes, attention_spec
 from kvcc.mixing import mixed_recipe, single_side
 from kvcc.profile import Profile
+from kvcc.runtime import CompiledModel
+from kvcc.runtime.tokenizer import Tokenizer
 from kvcc.trials import DATA, Measured, Trials
 
 CALIBRATION = f"{DATA},retrieval"  # long contexts are asked for facts in them
@@ -97,13 +98,15 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[s
     return [f"{WINDOWS}passes:\n  - {line}\n" for line in fixed]
 
 
-def calibrated(loaded: LoadedModel, seed: int = 0, on_progress: Progress | None = None) -> Profile:
+def calibrated(
+    graph: Graph, tokenizer: Tokenizer, seed: int = 0, on_progress: Progress | None = None
+) -> Profile:
     """A profile with gradients, of CALIBRATION, for searching without one that was made before."""
     report = on_progress or (lambda what, done, total: None)
     prompts = load_prompts(CALIBRATION, samples=CALIBRATION_PROMPTS, length=CALIBRATION_LENGTH, seed=seed)
-    sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=CALIBRATION_LENGTH)
+    sets = encode_sets(prompts, tokenizer, seed=seed, length=CALIBRATION_LENGTH)
     return calibrate(
-        capture(loaded),
+        graph,
         sets,
         gradients=True,
         progress=lambda p: report("calibrating", p.prompts, p.total_prompts),
@@ -111,7 +114,8 @@ def calibrated(loaded: LoadedModel, seed: int = 0, on_progress: Progress | None 
 
 
 def search(
-    loaded: LoadedModel,
+    graph: Graph,
+    reference: CompiledModel,
     profile: Profile | None,
     goal: Goal,
     *,
@@ -123,17 +127,17 @@ def search(
     state: Path | None = None,
     on_progress: Progress | None = None,
 ) -> Search:
-    """Measure candidates (`recipes`, or those of `candidates`) and choose.
+    """Measure candidates (`recipes`, or those of `candidates`) for the model in `graph`, and choose.
 
+    `reference` is that model uncompressed, with its tokenizer (kvcc.uncompressed), which all are compared with.
     `texts` of each kind of DATA, predictions of `tokens` tokens after `context` ones; finalists are measured on as
     many others. With `state`, measurements are kept in that file and taken from it. Deterministic for a seed. Raises
     DataError when nothing meets the goal.
     """
     report = on_progress or (lambda what, done, total: None)
-    graph = capture(loaded)
-    trials = Trials(loaded, profile, graph, texts, context, tokens, seed, state)
+    trials = Trials(graph, reference, profile, texts, context, tokens, seed, state)
     timed = goal.attention_ms is not None
-    wanted = list(recipes) if recipes is not None else candidates(goal, profile, loaded.identity.kv_heads)
+    wanted = list(recipes) if recipes is not None else candidates(goal, profile, graph.model.kv_heads)
     measured, refused = [], {}
     if recipes is None and goal.bits is not None:
         wanted += _mixed(trials, goal.bits, report)

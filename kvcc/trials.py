@@ -15,7 +15,6 @@ from kvcc.attention_time import attention_ms
 from kvcc.calibration import encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.errors import DataError
-from kvcc.frontend import LoadedModel, runtime_tokenizer
 from kvcc.graph import Graph
 from kvcc.measure import divergences
 from kvcc.pipeline import in_memory, run_passes
@@ -24,7 +23,7 @@ from kvcc.recipe import parse_recipe
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.cache import Cache
 from kvcc.shared_prefill import Filler, Prompt, filler, record
-from kvcc.uncompressed import EXACT_TOLERANCE, uncompressed
+from kvcc.uncompressed import EXACT_TOLERANCE
 
 DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
 CHUNK = 64  # tokens appended at once while measuring
@@ -56,33 +55,38 @@ class Text:
 class Trials:
     """Texts of each kind of DATA, and what was measured on them; kept in the file `state` when given.
 
+    `reference` is the model in `graph`, uncompressed and with a tokenizer.
+
     The first `texts` of a kind are what recipes are compared on, as many others what the best are verified on: `tokens`
     predictions behind `context` tokens, or as many as the model's context leaves. Raises DataError where it leaves few.
     """
 
     def __init__(
         self,
-        loaded: LoadedModel,
-        profile: Profile | None,
         graph: Graph,
+        reference: CompiledModel,
+        profile: Profile | None,
         texts: int,
         context: int,
         tokens: int,
         seed: int,
         state: Path | None,
     ) -> None:
-        self.profile, self.graph, self.count, self.state = profile, graph, texts, state
-        left = loaded.identity.context_length - tokens
+        self.graph, self.reference, self.profile = graph, reference, profile
+        self.count, self.state = texts, state
+        model, tokenizer = graph.model, reference.tokenizer
+        if tokenizer is None:
+            raise DataError(f"{model.name} has no tokenizer; planning measures on text")
+        left = model.context_length - tokens
         if left < OPENING:
             raise DataError(
-                f"{loaded.identity.name} has a context of {loaded.identity.context_length} tokens; planning takes "
+                f"{model.name} has a context of {model.context_length} tokens; planning takes "
                 f"{tokens} predictions behind {OPENING} or more"
             )
         context = min(context, left)
         length = context + tokens
         prompts = load_prompts(DATA, samples=4 * texts, length=length, seed=seed + 1000)
-        sets = encode_sets(prompts, runtime_tokenizer(loaded), seed=seed, length=length)
-        self.reference = uncompressed(loaded, None, graph)
+        sets = encode_sets(prompts, tokenizer, seed=seed, length=length)
         self.texts = {}
         for each in sets:
             rows = [p.ids for p in each.prompts if len(p.ids) == length][: 2 * texts]
@@ -90,9 +94,9 @@ class Trials:
         self.prompt = next(iter(self.texts.values()))[0].prompt
         self.opening = self.prompt.tokens[:OPENING]
         self.opened = _opened(self.reference, self.opening)
-        self.tolerance = EXACT_TOLERANCE[loaded.identity.dtype]
+        self.tolerance = EXACT_TOLERANCE[model.dtype]
         given = [] if profile is None else profile.prompts
-        about = ["behind", loaded.identity.digest, context, tokens, texts, seed, given]
+        about = ["behind", model.digest, context, tokens, texts, seed, given]
         self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         self.known: dict[str, Any] = {}
         if state is not None and state.is_file():

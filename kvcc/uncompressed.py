@@ -3,14 +3,29 @@
 import torch
 
 from kvcc.errors import DataError
-from kvcc.frontend import LoadedModel, capture, reference_logits
+from kvcc.frontend import LoadedModel, capture, load_model, reference_logits, runtime_tokenizer
 from kvcc.graph import Graph
 from kvcc.pipeline import in_memory, run_passes
+from kvcc.raising import is_artifact, raised
 from kvcc.recipe import load_recipe
-from kvcc.runtime import CompiledModel
+from kvcc.runtime import CompiledModel, load
+from kvcc.runtime.artifact import read_artifact
 from kvcc.runtime.tokenizer import Tokenizer
 
 EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
+
+
+def opened(source: str, dtype: str = "float32") -> tuple[Graph, CompiledModel]:
+    """A model by its name (see load_model), or the graph in its artifact of the recipe `exact`, in its own dtype.
+
+    Returns the graph, and the uncompressed model with its tokenizer. Raises UnsupportedModel, ArtifactError, or
+    DataError for an artifact that passes may have changed.
+    """
+    if is_artifact(source):
+        return raised(read_artifact(source)), load(source, verify=False)
+    loaded = load_model(source, dtype)
+    graph = capture(loaded)
+    return graph, uncompressed(loaded, runtime_tokenizer(loaded), graph)
 
 
 def uncompressed(

@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.cli import cli
 from kvcc.errors import DataError
-from kvcc.frontend import LoadedModel, capture, load_model
+from kvcc.graph import Graph
 from kvcc.planner import Goal, Search, candidates, pareto, search
 from kvcc.profile import Profile
 from kvcc.runtime import CompiledModel
 from kvcc.shared_prefill import Filler, Prompt, filler
 from kvcc.trials import Measured, Trials
+from kvcc.uncompressed import opened
 from tests.saved import save_tiny_llama
 
 SMALL = {"texts": 1, "context": 96, "tokens": 32}
@@ -25,6 +26,7 @@ WINDOWS = "windows: {sinks: 2, recent: 8, page: 8}\n"
 RECIPES = [
     f"{WINDOWS}passes:\n  - kivi: {{k_bits: {bits}, v_bits: {bits}, group_size: 8}}\n" for bits in (2, 4, 8)
 ]
+Opened = tuple[Graph, CompiledModel]
 PROFILE = cast(Profile, object())  # candidates only ask whether there is one
 BROKEN = f"{WINDOWS}passes:\n  - kivi: {{group_size: 48}}\n"
 
@@ -35,8 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(folder: Path) -> LoadedModel:
-    return load_model(str(folder), "float32")
+def model(folder: Path) -> Opened:
+    return opened(str(folder))
 
 
 def measured(bits: float, kl: float) -> Measured:
@@ -53,9 +55,9 @@ def test_candidates_follow_the_goal() -> None:
     assert candidates(Goal(bits=4), None) == candidates(Goal(bits=4), None)
 
 
-def test_a_budget_takes_the_least_divergence(loaded: LoadedModel, tmp_path: Path) -> None:
+def test_a_budget_takes_the_least_divergence(model: Opened, tmp_path: Path) -> None:
     state = tmp_path / "state"
-    found = search(loaded, None, Goal(bits=8.5), recipes=[*RECIPES, BROKEN], state=state, **SMALL)
+    found = search(*model, None, Goal(bits=8.5), recipes=[*RECIPES, BROKEN], state=state, **SMALL)
     assert {round(m.bits) for m in found.measured} == {6, 8}  # groups of 8 cost four bits; 12 are too many
     assert found.winner.bits <= 8.5
     assert found.winner.recipe == min(found.measured, key=lambda m: m.kl).recipe
@@ -63,26 +65,24 @@ def test_a_budget_takes_the_least_divergence(loaded: LoadedModel, tmp_path: Path
     assert found.winner.attention_ms is None
     (reason,) = found.refused.values()
     assert "48" in reason
-    again = search(loaded, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL)
+    again = search(*model, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL)
     assert again.winner == found.winner
     kept = json.loads(state.read_text())
     kept["measured"] = {k: v | {"kl": 7.0} for k, v in kept["measured"].items()}
     state.write_text(json.dumps(kept))
-    assert search(loaded, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL).winner.kl == 7.0
+    assert search(*model, None, Goal(bits=8.5), recipes=RECIPES, state=state, **SMALL).winner.kl == 7.0
 
 
-def test_measurements_are_those_of_forward_passes(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_measurements_are_those_of_forward_passes(model: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Off a shared prefill, unless a recipe changes what prompts compute."""
-    graph, shared = capture(loaded), list[bool]()
+    (graph, reference), shared = model, list[bool]()
     ids = torch.arange(300) % 250
     profile = calibrate(graph, [PromptSet("counting", "", 0, (TokenPrompt(tuple(ids.tolist()), "0"),))])
-    trials = Trials(loaded, profile, graph, *SMALL.values(), 0, None)
+    trials = Trials(graph, reference, profile, *SMALL.values(), 0, None)
 
-    def told(model: CompiledModel, prompt: Prompt) -> Filler | None:
+    def told(compressed: CompiledModel, prompt: Prompt) -> Filler | None:
         shared.append(True)
-        return filler(model, prompt)
+        return filler(compressed, prompt)
 
     monkeypatch.setattr("kvcc.trials.filler", told)
     narrow = f"{WINDOWS}passes:\n  - think: {{keep_ratio: 0.5, value_keep_ratio: 0.5}}\n"
@@ -102,46 +102,44 @@ def test_measurements_are_those_of_forward_passes(
         assert found.bits == own.bits
 
 
-def test_texts_fit_the_model_s_context(loaded: LoadedModel) -> None:
+def test_texts_fit_the_model_s_context(model: Opened) -> None:
     some = {"recipes": RECIPES[2:], "texts": 1}
-    assert search(loaded, None, Goal(bits=20), **some, context=4000, tokens=32).winner.kl > 0
+    assert search(*model, None, Goal(bits=20), **some, context=4000, tokens=32).winner.kl > 0
     with pytest.raises(
         DataError, match="has a context of 2048 tokens; planning takes 2020 predictions behind 32"
     ):
-        search(loaded, None, Goal(bits=20), **some, context=64, tokens=2020)
+        search(*model, None, Goal(bits=20), **some, context=64, tokens=2020)
 
 
-def test_a_divergence_takes_the_fewest_bits(loaded: LoadedModel) -> None:
-    everything = search(loaded, None, Goal(bits=20), recipes=RECIPES, **SMALL)
+def test_a_divergence_takes_the_fewest_bits(model: Opened) -> None:
+    everything = search(*model, None, Goal(bits=20), recipes=RECIPES, **SMALL)
     by_bits = sorted(everything.measured, key=lambda m: m.bits)
     bound = (by_bits[0].kl + by_bits[1].kl) / 2
-    found = search(loaded, None, Goal(kl=bound), recipes=RECIPES, **SMALL)
+    found = search(*model, None, Goal(kl=bound), recipes=RECIPES, **SMALL)
     assert (
         found.winner.recipe == min((m for m in found.measured if m.kl <= bound), key=lambda m: m.bits).recipe
     )
     assert found.winner.recipe != by_bits[0].recipe
 
 
-def test_a_bound_of_time_rules_out_what_is_slower(
-    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bound_of_time_rules_out_what_is_slower(model: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wide bases are tried only where time is bounded; the times themselves are the kernels'."""
     assert not any("joint_heads" in c for c in candidates(Goal(bits=4), PROFILE, 6))
     tried = candidates(Goal(bits=4, attention_ms=9), PROFILE, 6)
     assert [n for n in range(9) if any(f"joint_heads: {n}}}" in c for c in tried)] == [2, 3, 6]
-    free = search(loaded, None, Goal(bits=20, attention_ms=1e9), recipes=RECIPES, **SMALL)
+    free = search(*model, None, Goal(bits=20, attention_ms=1e9), recipes=RECIPES, **SMALL)
     assert all(m.attention_ms is not None and m.attention_ms > 0 for m in free.measured)
     times = iter([1.0, 3.0, 9.0, 1.0, 3.0, 9.0])
     monkeypatch.setattr("kvcc.trials.attention_ms", lambda *_: next(times))
     assert "k_bits: 8" in free.winner.recipe
-    assert "k_bits: 4" in search(loaded, None, Goal(20, None, 5), recipes=RECIPES, **SMALL).winner.recipe
+    assert "k_bits: 4" in search(*model, None, Goal(20, None, 5), recipes=RECIPES, **SMALL).winner.recipe
 
 
-def test_goals_that_nothing_meets_say_what_came_closest(loaded: LoadedModel) -> None:
+def test_goals_that_nothing_meets_say_what_came_closest(model: Opened) -> None:
     with pytest.raises(DataError, match="no recipe meets the goal"):
-        search(loaded, None, Goal(bits=1), recipes=RECIPES, **SMALL)
+        search(*model, None, Goal(bits=1), recipes=RECIPES, **SMALL)
     with pytest.raises(DataError, match=r"smallest that was measured has 6\.00 bits"):
-        search(loaded, None, Goal(kl=1e-9), recipes=RECIPES[:1], **SMALL)
+        search(*model, None, Goal(kl=1e-9), recipes=RECIPES[:1], **SMALL)
 
 
 def test_the_command_writes_plan_recipe_and_plot(
@@ -163,6 +161,21 @@ def test_the_command_writes_plan_recipe_and_plot(
     )
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["bits_per_element"] == pytest.approx(plan["winner"]["bits"])
+
+
+def test_a_captured_graph_is_planned_as_its_model(model: Opened, folder: Path, tmp_path: Path) -> None:
+    """And what passes have changed is refused, in one line."""
+    exact, kivi, small = (str(tmp_path / name) for name in ("exact.kvcc", "kivi.kvcc", "small.yaml"))
+    Path(small).write_text(RECIPES[0])
+    for recipe, path in (("exact", exact), (small, kivi)):
+        done = CliRunner().invoke(cli, ["export", str(folder), "-r", recipe, "-o", path])
+        assert done.exit_code == 0, done.output
+    found = search(*opened(exact), None, Goal(bits=20), recipes=RECIPES, **SMALL)
+    wanted = search(*model, None, Goal(bits=20), recipes=RECIPES, **SMALL)
+    assert [(m.recipe, m.bits) for m in found.measured] == [(m.recipe, m.bits) for m in wanted.measured]
+    assert [m.kl for m in found.measured] == pytest.approx([m.kl for m in wanted.measured], rel=1e-3)
+    with pytest.raises(DataError, match="was compiled with kivi; give the model, or its artifact"):
+        opened(kivi)
 
 
 @pytest.mark.parametrize("options", [[], ["--budget", "fast"], ["--budget", "4x", "--max-kl", "0.1"]])

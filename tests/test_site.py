@@ -43,6 +43,7 @@ def test_text_is_shown_and_not_read_as_markdown(generator: ModuleType) -> None:
     assert generator.escaped("a|b <c> *d* [e]") == r"a\|b \<c\> \*d\* \[e\]"
 
 
+@pytest.mark.slow
 def test_the_site_builds_with_every_warning_an_error(tmp_path: Path) -> None:
     made = subprocess.run(
         [

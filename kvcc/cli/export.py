@@ -13,6 +13,7 @@ from kvcc.cli.plan import ratio_of, show
 
 if TYPE_CHECKING:
     from kvcc.frontend import LoadedModel
+    from kvcc.graph import Graph
     from kvcc.profile import Profile
     from kvcc.recipe import Recipe
     from kvcc.runtime.plan import Plan
@@ -101,7 +102,7 @@ def command(
     chosen = load_recipe(recipe) if recipe is not None else None  # before any model is loaded
     from kvcc.artifact import add_kernels, check_gpu_targets, check_target
     from kvcc.compile import compile_model
-    from kvcc.frontend import load_model
+    from kvcc.frontend import capture, load_model
     from kvcc.pipeline import PassReport
     from kvcc.profile import Profile
     from kvcc.signing import private_key, sign_artifact
@@ -118,9 +119,10 @@ def command(
     statistics = Profile.load(profile) if profile else None
     loaded = load_model(model, dtype)
 
+    graph = capture(loaded)
     if chosen is None:
         assert ratio is not None
-        chosen, statistics = _planned(loaded, statistics, ratio, as_json)
+        chosen, statistics = _planned(loaded, graph, statistics, ratio, as_json)
 
     def told(report: PassReport) -> None:
         if as_json:
@@ -134,14 +136,14 @@ def command(
             out.print(f"  layer {note.layer}: {'' if note.fired else 'not applied: '}{escape(note.text)}")
 
     if layout == "compressed-tensors":
-        _exchange(loaded, statistics, chosen, output, force, as_json)
+        _exchange(loaded, graph, statistics, chosen, output, force, as_json)
         return
     if layout == "onnx":
         with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            compile_model(loaded, statistics, chosen, Path(folder) / "model.kvcc", on_pass=told)
+            compile_model(loaded, statistics, chosen, Path(folder) / "model.kvcc", graph=graph, on_pass=told)
             _onnx(Path(folder) / "model.kvcc", output, attention, force, as_json)
         return
-    compiled = compile_model(loaded, statistics, chosen, output, overwrite=force, on_pass=told)
+    compiled = compile_model(loaded, statistics, chosen, output, graph=graph, overwrite=force, on_pass=told)
     kernels: dict[str, int] = {}
     if gpus:
         with err.status("compiling GPU kernels", spinner="line"):
@@ -226,6 +228,7 @@ def _runs(stored: list[float], plan: "Plan") -> list[tuple[int, int, float, int]
 
 def _exchange(
     loaded: "LoadedModel",
+    graph: "Graph",
     profile: "Profile | None",
     recipe: "Recipe",
     output: Path,
@@ -233,10 +236,9 @@ def _exchange(
     as_json: bool,
 ) -> None:
     from kvcc.exchange.compressed_tensors import write_compressed_tensors
-    from kvcc.frontend import capture
     from kvcc.pipeline import run_passes
 
-    compiled = run_passes(capture(loaded), profile, recipe)
+    compiled = run_passes(graph, profile, recipe)
     scales = write_compressed_tensors(loaded, profile, recipe, compiled, output, overwrite=force)
     if as_json:
         print_json({"folder": str(output), "scales": scales})
@@ -262,11 +264,15 @@ def _onnx(
 
 
 def _planned(
-    loaded: "LoadedModel", profile: "Profile | None", ratio: float, quiet: bool
+    loaded: "LoadedModel", graph: "Graph", profile: "Profile | None", ratio: float, quiet: bool
 ) -> "tuple[Recipe, Profile]":
     """The recipe that `kvcc plan` finds for a budget, and the profile it was found with, made here if need be."""
+    from kvcc.frontend import runtime_tokenizer
     from kvcc.planner import Goal, calibrated, search
     from kvcc.recipe import parse_recipe
+    from kvcc.uncompressed import uncompressed
+
+    tokenizer = runtime_tokenizer(loaded)
 
     with progress(quiet) as bar:
         tasks: dict[str, Any] = {}
@@ -276,8 +282,9 @@ def _planned(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        profile = profile or calibrated(loaded, on_progress=advance)
-        found = search(loaded, profile, Goal(bits=16 / ratio), on_progress=advance)
+        profile = profile or calibrated(graph, tokenizer, on_progress=advance)
+        reference = uncompressed(loaded, tokenizer, graph)
+        found = search(graph, reference, profile, Goal(bits=16 / ratio), on_progress=advance)
     if not quiet:
         show(found, loaded.identity.name)
     return parse_recipe(f"name: budget-{ratio:g}x\n{found.winner.recipe}", "plan"), profile

@@ -12,12 +12,13 @@ from kvcc.cli._console import json_option, out, print_json, progress
 from kvcc.errors import DataError
 
 if TYPE_CHECKING:
+    from kvcc.graph import Graph
     from kvcc.planner import Goal, Search
     from kvcc.trials import Measured
 
 
 @click.command("plan")
-@click.argument("model")
+@click.argument("model", metavar="MODEL|GRAPH")
 @click.option(
     "--profile",
     "-p",
@@ -72,19 +73,23 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure recipes on MODEL through the real cache, and choose one that meets a budget."""
+    """Measure recipes through the real cache, and choose one that meets a budget.
+
+    MODEL is a folder, a hub id, a .gguf file or pypi:PACKAGE. GRAPH is one that was captured before: the artifact of
+    a model with the recipe exact. It opens in seconds, and in its own dtype.
+    """
     if sum(given is not None for given in (budget, bytes_per_token, max_kl)) != 1:
         raise click.UsageError("give one of --budget, --bytes-per-token and --max-kl")
     ratio = ratio_of(budget) if budget is not None else None
-    from kvcc.frontend import load_model
     from kvcc.planner import search
     from kvcc.profile import Profile
+    from kvcc.uncompressed import opened
 
     statistics = Profile.load(profile) if profile else None
     if statistics is None:
         click.echo(UNCALIBRATED, err=True)
-    loaded = load_model(model, dtype)
-    goal = replace(goal_of(loaded, ratio, bytes_per_token, max_kl), attention_ms=max_attention_ms)
+    graph, reference = opened(model, dtype)
+    goal = replace(goal_of(graph, ratio, bytes_per_token, max_kl), attention_ms=max_attention_ms)
     state = output.with_name(f"{output.name}.partial")
     if not resume:
         state.unlink(missing_ok=True)
@@ -96,13 +101,13 @@ def command(
                 tasks[what] = bar.add_task(what, total=total)
             bar.update(tasks[what], completed=done)
 
-        found = search(loaded, statistics, goal, state=state, on_progress=advance, **options)
+        found = search(graph, reference, statistics, goal, state=state, on_progress=advance, **options)
     save(found, output, recipe_file, plot)
     state.unlink(missing_ok=True)
     if as_json:
         print_json(found.as_dict())
     else:
-        show(found, loaded.identity.name)
+        show(found, graph.model.name)
 
 
 UNCALIBRATED = (
@@ -122,9 +127,10 @@ def ratio_of(text: str) -> float:
     return ratio
 
 
-def goal_of(loaded: Any, ratio: float | None, bytes_per_token: float | None, max_kl: float | None) -> "Goal":
+def goal_of(
+    graph: "Graph", ratio: float | None, bytes_per_token: float | None, max_kl: float | None
+) -> "Goal":
     """The goal in bits per element. Raises DataError for a budget that nothing could meet."""
-    from kvcc.frontend import capture
     from kvcc.passes import Windows, start
     from kvcc.planner import Goal
 
@@ -132,9 +138,9 @@ def goal_of(loaded: Any, ratio: float | None, bytes_per_token: float | None, max
         return Goal(kl=max_kl)
     if ratio is not None:
         return Goal(bits=16 / ratio)
-    plain = start(capture(loaded), None, Windows()).plan.uncompressed_bytes_per_token()
+    plain = start(graph, None, Windows()).plan.uncompressed_bytes_per_token()
     if not plain:
-        raise DataError(f"{loaded.identity.name} has sliding windows only: its cache does not grow")
+        raise DataError(f"{graph.model.name} has sliding windows only: its cache does not grow")
     assert bytes_per_token is not None
     return Goal(bits=16 * bytes_per_token / plain)
 
