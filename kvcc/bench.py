@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvcc.calibration_data import load_prompts
 from kvcc.errors import CapacityError, DataError
+from kvcc.progress import OnProgress
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.attention import cached_attention, store
 from kvcc.runtime.cache import Cache
@@ -307,7 +308,7 @@ def bench(
     *,
     steps: int = 64,
     budget: int = 2**32,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Bench:
     """Everything above for one model; `budget` is what `largest_batch` fills. on_progress: what, done, total.
 

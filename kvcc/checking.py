@@ -31,6 +31,7 @@ from kvcc.measure import (
     scored,
     teacher_forced,
 )
+from kvcc.progress import OnProgress, unseen
 from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
 from kvcc.uncompressed import uncompressed
@@ -99,7 +100,7 @@ def check(
     weights: WeightType | None = None,
     reference: CompiledModel | None = None,
     expected: dict[str, list[Tensor]] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Verdict:
     """Measure an artifact against the uncompressed model.
 
@@ -111,7 +112,7 @@ def check(
     a gate that does not hold is not an error here: see `Verdict.passed`.
     """
     size = size or CheckSize()
-    report = on_progress or (lambda what, done, total: None)
+    report = on_progress or unseen
     model = load(artifact, backend=backend, weights=weights)
     loaded = load_model(against, model.identity.dtype) if isinstance(against, str) else against
     if loaded.identity.digest != model.identity.digest:
@@ -188,7 +189,7 @@ def _other_contexts(
     reference: CompiledModel,
     kinds: dict[str, list[list[int]]],
     size: CheckSize,
-    report: Callable[[str, int, int], None],
+    report: OnProgress,
 ) -> Iterator[TextAgreement]:
     """As many tokens of each text as `size` measures behind its context, behind other contexts."""
     measured = size.length - size.context
@@ -206,7 +207,7 @@ def _retrieval(
     reference: CompiledModel,
     size: CheckSize,
     seed: int,
-    report: Callable[[str, int, int], None],
+    report: OnProgress,
 ) -> list[RetrievalScore]:
     """Both models on every task; the uncompressed one once, since it does not matter to it what was in sight when."""
     scores = []

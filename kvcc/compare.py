@@ -1,6 +1,6 @@
 """Several artifacts of one model, measured on the same texts in one run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -13,6 +13,7 @@ from kvcc.charts import Line, lines
 from kvcc.checking import CheckSize, Verdict, check
 from kvcc.frontend import load_model
 from kvcc.kernels.linear import WeightType
+from kvcc.progress import OnProgress
 from kvcc.runtime import load
 from kvcc.uncompressed import uncompressed
 
@@ -46,7 +47,7 @@ def compare(
     seed: int = 0,
     steps: int = 16,
     weights: WeightType | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Entry]:
     """Measure artifacts of the model `against`, by rising bits; the model and its logits are made once.
 
@@ -110,9 +111,7 @@ def _entry(name: str, verdict: Verdict, ms: float) -> Entry:
     )
 
 
-def _named(
-    path: Path, report: Callable[[str, int, int], None] | None
-) -> Callable[[str, int, int], None] | None:
+def _named(path: Path, report: OnProgress | None) -> OnProgress | None:
     return report and (lambda what, done, total: report(f"{path.name}: {what}", done, total))
 
 

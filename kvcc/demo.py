@@ -11,6 +11,7 @@ from kvcc.calibration_data import load_prompts
 from kvcc.checking import CheckSize, check, store_accuracy
 from kvcc.compile import compile_model
 from kvcc.frontend import capture, load_model, runtime_tokenizer
+from kvcc.progress import OnProgress, unseen
 from kvcc.recipe import load_recipe
 from kvcc.runtime import CompiledModel, Timing, load
 from kvcc.uncompressed import uncompressed
@@ -44,10 +45,10 @@ def demo(
     length: int = 768,
     size: CheckSize | None = None,
     say: Callable[[str], None] = print,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[Row]:
     """Write a profile and one artifact a recipe under `output`, and measure each. `say` gets a line for each stage."""
-    report = on_progress or (lambda what, done, total: None)
+    report = on_progress or unseen
     size = size or CheckSize(texts=2, length=1280, retrieval_lengths=(), greedy_prompts=0)
     start = time.perf_counter()
 

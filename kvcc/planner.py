@@ -6,7 +6,7 @@ between a few dozen recipes, too unlike each other for a formula: they are compi
 best ones again on other texts.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from kvcc.errors import DataError, KvccError
 from kvcc.graph import Graph, attention_nodes, attention_spec
 from kvcc.mixing import mixed_recipe, single_side
 from kvcc.profile import Profile
+from kvcc.progress import OnProgress, unseen
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.tokenizer import Tokenizer
 from kvcc.trials import DATA, Measured, Trials
@@ -49,7 +50,6 @@ CALIBRATED = (
     "fp8: {}",
 )
 WINDOWS = "windows: {dtype: half}\n"
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[s
 
 
 def calibrated(
-    graph: Graph, tokenizer: Tokenizer, seed: int = 0, on_progress: Progress | None = None
+    graph: Graph, tokenizer: Tokenizer, seed: int = 0, on_progress: OnProgress | None = None
 ) -> Profile:
     """A profile with gradients, of CALIBRATION, for searching without one that was made before."""
-    report = on_progress or (lambda what, done, total: None)
+    report = on_progress or unseen
     prompts = load_prompts(CALIBRATION, samples=CALIBRATION_PROMPTS, length=CALIBRATION_LENGTH, seed=seed)
     sets = encode_sets(prompts, tokenizer, seed=seed, length=CALIBRATION_LENGTH)
     return calibrate(
@@ -125,7 +125,7 @@ def search(
     tokens: int = 256,
     seed: int = 0,
     state: Path | None = None,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Search:
     """Measure candidates (`recipes`, or those of `candidates`) for the model in `graph`, and choose.
 
@@ -134,7 +134,7 @@ def search(
     many others. With `state`, measurements are kept in that file and taken from it. Deterministic for a seed. Raises
     DataError when nothing meets the goal.
     """
-    report = on_progress or (lambda what, done, total: None)
+    report = on_progress or unseen
     trials = Trials(graph, reference, profile, texts, context, tokens, seed, state)
     timed = goal.attention_ms is not None
     wanted = list(recipes) if recipes is not None else candidates(goal, profile, graph.model.kv_heads)
@@ -193,7 +193,7 @@ def _rank(found: Measured, goal: Goal) -> tuple[float, float]:
     return (found.kl, found.bits) if goal.bits is not None else (found.bits, found.kl)
 
 
-def _mixed(trials: Trials, bits: float, report: Progress) -> list[str]:
+def _mixed(trials: Trials, bits: float, report: OnProgress) -> list[str]:
     """The recipe that gives K and V of every layer a width of its own; none where layers cannot be quantised so."""
     module = trials.graph.module
     layers = [i for i, node in enumerate(attention_nodes(module)) if not attention_spec(node).window]

@@ -1,6 +1,9 @@
 """What commands share: where text goes, and how sizes read."""
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -8,12 +11,15 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bars
 
+from kvcc.progress import OnProgress, unseen
+
+LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 out = Console()
 err = Console(stderr=True)
 
@@ -27,18 +33,31 @@ def print_json(data: Any) -> None:
     click.echo(json.dumps(data, indent=2, default=str))
 
 
-def progress(quiet: bool) -> Progress:
-    """A progress display on standard error; silent when `quiet` or when there is no terminal to draw on."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        disable=quiet or not err.is_terminal,
-        transient=True,
-    )
+@contextmanager
+def progress(quiet: bool) -> Iterator[OnProgress]:
+    """Shows stages on standard error: as a bar, as a line now and then where there is no terminal, or not (`quiet`)."""
+    if quiet:
+        yield unseen
+    elif not err.is_terminal:
+        yield _lines()
+    else:
+        columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        with Bars(TextColumn("{task.description}"), *columns, console=err, transient=True) as bars:
+            task = bars.add_task("", total=None)
+            yield lambda stage, done, total: bars.update(task, description=stage, completed=done, total=total)
+
+
+def _lines() -> OnProgress:
+    """A line when a stage begins and ends, and now and then in between."""
+    told: dict[str, float] = {}
+
+    def advance(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage not in told or done == total or now - told[stage] >= LINE_EVERY:
+            told[stage] = now
+            click.echo(f"{stage} {done}/{total}", err=True)
+
+    return advance
 
 
 def size(nbytes: float) -> str:

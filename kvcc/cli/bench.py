@@ -73,17 +73,14 @@ def command(
     options: dict[str, Any] = {"weights": weights} if weights else {}
     _check_device(device)
     model = load(artifact, device=device, backend=backend, **options)
-    with progress(as_json) as bar:
-        task = bar.add_task("", total=None)
+    with progress(as_json) as advance:
         result = bench(
             model,
             lengths,
             batches,
             steps=steps,
             budget=budget,
-            on_progress=lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+            on_progress=advance,
         )
     if plot is not None:
         _write(plot, _drawing(model, result))

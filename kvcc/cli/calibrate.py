@@ -8,12 +8,11 @@ import click
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from kvcc.cli._console import err, json_option, print_json
+from kvcc.cli._console import LINE_EVERY, err, json_option, print_json
 
 if TYPE_CHECKING:
     from kvcc.calibration import Progress
 
-_LINE_EVERY = 10.0  # seconds between lines where there is no terminal
 _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 
 
@@ -107,13 +106,13 @@ class _Lines(_Quiet):
     """A line now and then on standard error, for logs."""
 
     def __init__(self) -> None:
-        self.last = -_LINE_EVERY
+        self.last = -LINE_EVERY
 
     def say(self, line: str) -> None:
         click.echo(line, err=True)
 
     def advance(self, progress: "Progress") -> None:
-        if progress.seconds - self.last >= _LINE_EVERY or progress.tokens == progress.total_tokens:
+        if progress.seconds - self.last >= LINE_EVERY or progress.tokens == progress.total_tokens:
             self.last = progress.seconds
             left = "" if progress.seconds_left is None else f", {progress.seconds_left:.0f} s left"
             done = f"prompt {progress.prompts}/{progress.total_prompts}"

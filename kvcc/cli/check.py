@@ -106,14 +106,7 @@ def command(
         other_contexts=_lengths(contexts, "--contexts"),
         layers=layers,
     )
-    with progress(as_json) as bar:
-        tasks: dict[str, object] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)  # type: ignore[arg-type]
-
+    with progress(as_json) as advance:
         verdict = check(
             artifact,
             against,
@@ -123,7 +116,7 @@ def command(
             seed=seed,
             backend=backend,
             weights=weights,
-            on_progress=on_progress,
+            on_progress=advance,
         )
     if store:
         signed = read_signature(artifact) is not None

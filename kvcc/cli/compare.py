@@ -1,7 +1,7 @@
 """kvcc compare: several artifacts of one model on the same texts."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from rich.box import SIMPLE
@@ -67,14 +67,7 @@ def command(
     from kvcc.compare import as_dict, compare, drawn
 
     wanted = CheckSize(texts, length, context, _lengths(retrieval), retrieval_tasks, greedy_prompts=0)
-    with progress(as_json) as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    with progress(as_json) as advance:
         found = compare(
             artifacts,
             against,

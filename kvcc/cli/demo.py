@@ -2,12 +2,11 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.table import Table
 
-from kvcc.cli._console import json_option, out, print_json, progress, size
+from kvcc.cli._console import err, json_option, out, print_json, progress, size
 
 
 @click.command("demo")
@@ -22,22 +21,15 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
 
     for name in recipe:
         load_recipe(name)
-    with progress(as_json) as bar:
-        tasks: dict[str, Any] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done, visible=done < total)
-
+    with progress(as_json) as advance:
         rows = demo(
             output,
             model or MODEL,
             recipe or RECIPES,
             say=(lambda text: None)
             if as_json
-            else (lambda text: bar.console.print(text, highlight=False, markup=False)),
-            on_progress=on_progress,
+            else (lambda text: err.print(text, highlight=False, markup=False)),
+            on_progress=advance,
         )
     if as_json:
         print_json([asdict(row) for row in rows])

@@ -1,5 +1,6 @@
 """kvcc export: compile a model with a recipe and pack the artifact."""
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,8 +13,11 @@ from kvcc.cli._console import err, json_option, out, print_json, progress, size
 from kvcc.cli.plan import ratio_of, show
 
 if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
     from kvcc.frontend import LoadedModel
     from kvcc.graph import Graph
+    from kvcc.pipeline import Compiled, PassReport
     from kvcc.profile import Profile
     from kvcc.recipe import Recipe
     from kvcc.runtime.plan import Plan
@@ -100,82 +104,108 @@ def command(
     from kvcc.recipe import load_recipe
 
     chosen = load_recipe(recipe) if recipe is not None else None  # before any model is loaded
-    from kvcc.artifact import add_kernels, check_gpu_targets, check_target
+    from kvcc.artifact import check_gpu_targets
     from kvcc.compile import compile_model
     from kvcc.frontend import capture, load_model
-    from kvcc.pipeline import PassReport
     from kvcc.profile import Profile
-    from kvcc.signing import private_key, sign_artifact
+    from kvcc.signing import private_key
 
     key = private_key(sign) if sign else None
-    if layout == "onnx":
-        from kvcc.exchange.onnx import check_onnx, check_onnx_target
-
-        check_onnx()
-        check_onnx_target(output, overwrite=force)
-    else:
-        check_target(output, overwrite=force)
+    _check_target(layout, output, force)
     check_gpu_targets(gpus)
     statistics = Profile.load(profile) if profile else None
     loaded = load_model(model, dtype)
-
     graph = capture(loaded)
     if chosen is None:
         assert ratio is not None
         chosen, statistics = _planned(loaded, graph, statistics, ratio, as_json)
-
-    def told(report: PassReport) -> None:
-        if as_json:
-            return
-        fired = sum(n.fired for n in report.notes)
-        out.print(
-            f"[bold]{report.name}[/] {report.seconds:.1f} s, {fired} layers, "
-            f"{report.bytes_before:,.0f} -> {report.bytes_after:,.0f} bytes per token"
-        )
-        for note in report.notes if explain else ():
-            out.print(f"  layer {note.layer}: {'' if note.fired else 'not applied: '}{escape(note.text)}")
-
+    told = None if as_json else partial(_told, explain)
     if layout == "compressed-tensors":
         _exchange(loaded, graph, statistics, chosen, output, force, as_json)
-        return
-    if layout == "onnx":
+    elif layout == "onnx":
         with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             compile_model(loaded, statistics, chosen, Path(folder) / "model.kvcc", graph=graph, on_pass=told)
             _onnx(Path(folder) / "model.kvcc", output, attention, force, as_json)
+    else:
+        compiled = compile_model(
+            loaded, statistics, chosen, output, graph=graph, overwrite=force, on_pass=told
+        )
+        added = _added(output, loaded, gpus, run_check, key, as_json)
+        summary = _summary(output, chosen, compiled) | added
+        if as_json:
+            print_json(summary)
+        else:
+            _show(summary, compiled.plan, loaded.identity.name)
+
+
+def _check_target(layout: str, output: Path, force: bool) -> None:
+    """Refuse before a model is loaded what could not be written."""
+    from kvcc.artifact import check_target
+
+    if layout != "onnx":
+        check_target(output, overwrite=force)
         return
-    compiled = compile_model(loaded, statistics, chosen, output, graph=graph, overwrite=force, on_pass=told)
+    from kvcc.exchange.onnx import check_onnx, check_onnx_target
+
+    check_onnx()
+    check_onnx_target(output, overwrite=force)
+
+
+def _told(explain: bool, report: "PassReport") -> None:
+    """Print what a pass did."""
+    fired = sum(n.fired for n in report.notes)
+    out.print(
+        f"[bold]{report.name}[/] {report.seconds:.1f} s, {fired} layers, "
+        f"{report.bytes_before:,.0f} -> {report.bytes_after:,.0f} bytes per token"
+    )
+    for note in report.notes if explain else ():
+        out.print(f"  layer {note.layer}: {'' if note.fired else 'not applied: '}{escape(note.text)}")
+
+
+def _added(
+    artifact: Path,
+    loaded: "LoadedModel",
+    gpus: tuple[str, ...],
+    run_check: bool,
+    key: "Ed25519PrivateKey | None",
+    quiet: bool,
+) -> dict[str, Any]:
+    """Put into an artifact what else was asked for: GPU kernels, its accuracy, and a signature, which covers these."""
     kernels: dict[str, int] = {}
     if gpus:
+        from kvcc.artifact import add_kernels
+
         with err.status("compiling GPU kernels", spinner="line"):
-            kernels = add_kernels(output, gpus)
-    verdict: dict[str, Any] | None = None
+            kernels = add_kernels(artifact, gpus)
+    accuracy: dict[str, Any] | None = None
     if run_check:
         from kvcc.checking import check, store_accuracy
 
-        with err.status("checking", spinner="line"):
-            measured = check(output, loaded)
-        store_accuracy(output, measured)
-        verdict = measured.as_dict()
-    # last: what is put into an artifact changes its manifest
-    signer = sign_artifact(output, key) if key else None
+        with progress(quiet) as advance:
+            verdict = check(artifact, loaded, on_progress=advance)
+        store_accuracy(artifact, verdict)
+        accuracy = verdict.as_dict()
+    signer = None
+    if key:
+        from kvcc.signing import sign_artifact
+
+        signer = sign_artifact(artifact, key)
+    return {"gpu_kernels": kernels, "signed_by": signer, "accuracy": accuracy}
+
+
+def _summary(output: Path, recipe: "Recipe", compiled: "Compiled") -> dict[str, Any]:
+    """What was compiled, for machines."""
     plan = compiled.plan
-    summary = {
+    return {
         "artifact": str(output),
-        "recipe": chosen.name,
+        "recipe": recipe.name,
         "bits_per_element": plan.bits_per_element(),
         "bytes_per_token": plan.bytes_per_token(),
         "fp16_bytes_per_token": plan.uncompressed_bytes_per_token(),
         "layer_bytes_per_token": [plan.layer_bytes_per_token(i) for i in range(len(plan.layers))],
         "smaller_from_tokens": plan.break_even(),
         "passes": [{"name": r.name, "seconds": r.seconds} for r in compiled.reports],
-        "gpu_kernels": kernels,
-        "signed_by": signer,
-        "accuracy": verdict,
     }
-    if as_json:
-        print_json(summary)
-        return
-    _show(summary, plan, loaded.identity.name)
 
 
 def _show(summary: dict[str, Any], plan: "Plan", model: str) -> None:
@@ -274,14 +304,7 @@ def _planned(
 
     tokenizer = runtime_tokenizer(loaded)
 
-    with progress(quiet) as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    with progress(quiet) as advance:
         profile = profile or calibrated(graph, tokenizer, on_progress=advance)
         reference = uncompressed(loaded, tokenizer, graph)
         found = search(graph, reference, profile, Goal(bits=16 / ratio), on_progress=advance)

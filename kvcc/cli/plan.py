@@ -93,14 +93,7 @@ def command(
     state = output.with_name(f"{output.name}.partial")
     if not resume:
         state.unlink(missing_ok=True)
-    with progress(as_json) as bar:
-        tasks: dict[str, Any] = {}
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total)
-            bar.update(tasks[what], completed=done)
-
+    with progress(as_json) as advance:
         found = search(graph, reference, statistics, goal, state=state, on_progress=advance, **options)
     save(found, output, recipe_file, plot)
     state.unlink(missing_ok=True)
