@@ -14,7 +14,7 @@ from kvcc.runtime.captured import Attention, CapturedStep
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
 from tests.compiled import recipe, runnable, running, tokens
-from tests.tiny import ARCHITECTURES, tiny_loaded
+from tests.tiny import ARCHITECTURES, shared_graph, tiny_loaded
 
 pytestmark = pytest.mark.skipif(cpu.available() is not None, reason=str(cpu.available()))
 EXACT = "[]"
@@ -117,8 +117,10 @@ def test_a_step_returns_logits_of_its_own() -> None:
 def test_a_bfloat16_model_decodes_with_activations_in_float32() -> None:
     """The captured step lies nearer to the float32 model than the plain bfloat16 graph does."""
     found = {}
+    half = capture_model(tiny_loaded("llama", "bfloat16"))
+    graphs = {"float32": shared_graph("llama"), "bfloat16": half}
     for dtype, captures in (("float32", False), ("bfloat16", False), ("bfloat16", True)):
-        made = run_passes(capture_model(tiny_loaded("llama", dtype)), None, recipe())
+        made = run_passes(graphs[dtype], None, recipe())
         model = running("llama", made, backend=cpu)
         if captures:
             fuse(model.graph)

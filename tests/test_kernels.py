@@ -353,6 +353,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVCC_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_cache")
 def test_two_builds_at_once_of_wider_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both give one whole library and leave nothing else behind; its 16-lane vectors compute the same."""

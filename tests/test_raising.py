@@ -15,6 +15,8 @@ from kvcc.runtime.artifact import read_artifact
 from tests.compiled import compiled, recipe, running, stepwise, tiny_profile, tokens
 from tests.tiny import ARCHITECTURES, shared_graph
 
+SOME = ("llama", "gemma2", "gpt_oss", "gpt_neox")
+EVERY = [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in ARCHITECTURES]
 NARROW = "\n  - think: {keep_ratio: 0.5}\n  - kivi: {group_size: 8}"
 
 
@@ -43,7 +45,7 @@ def _raised(name: str, folder: Path) -> Graph:
     return raised(read_artifact(_written(name, folder / f"{name}.kvcc")))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY)
 def test_logits_are_those_of_the_captured_model(name: str, folder: Path) -> None:
     """Left padding, windows, sinks and soft caps too."""
     graph, captured = _raised(name, folder), shared_graph(name)
@@ -58,7 +60,7 @@ def test_logits_are_those_of_the_captured_model(name: str, folder: Path) -> None
         assert vars(ours) == vars(theirs) | {"module_path": ""}
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("name", SOME)
 def test_passes_find_in_it_what_they_find_in_the_model(name: str, folder: Path) -> None:
     chosen = recipe(NARROW)
     found = run_passes(_raised(name, folder), tiny_profile(name), chosen)
