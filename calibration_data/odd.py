@@ -19,9 +19,12 @@ _SCRIPTS = (
 
 
 def odd(seed: int, index: int, chars: int) -> str:
-    """Text `index` of `seed`, at least `chars` characters: one word, one line, delimiters, digits, scripts in turn."""
-    rng = stream("odd", seed, index)
-    piece = (_repeated(rng, _WORDS), _repeated(rng, _LINES), _delimiter, _digits, _letter)[index % 5]
+    """Text `index` of `seed`, at least `chars` characters: one word, one line, delimiters, digits, scripts in turn.
+
+    Words and lines take turns, too, so that no text comes twice before all of them came.
+    """
+    rng, turn = stream("odd", seed, index), seed + index // 5
+    piece = (_repeated(_WORDS, turn), _repeated(_LINES, turn), _delimiter, _digits, _letter)[index % 5]
     text: list[str] = []
     size = 0
     while size < chars:
@@ -30,8 +33,8 @@ def odd(seed: int, index: int, chars: int) -> str:
     return "".join(text)
 
 
-def _repeated(rng: Random, options: tuple[str, ...]) -> Callable[[Random], str]:
-    chosen = pick(rng, options)
+def _repeated(options: tuple[str, ...], turn: int) -> Callable[[Random], str]:
+    chosen = options[turn % len(options)]
     return lambda _: chosen
 
 
