@@ -4,7 +4,6 @@ Labels are drawn from the model's own predictions, so that the mean of g gᵀ ov
 second derivative of KL(model || model with errors): small errors δ of a token's key cost ½ δᵀ E[g gᵀ] δ nats.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, fx
 
 from kvcc.graph import causal_mask
 from kvcc.statistics import RECENT, LayerStatistics, add_gradients
+from kvcc.stored_attention import Reach, StoredAttention
 
 ROWS = 512  # predictions of a prompt, at most, whose labels are drawn
 
@@ -81,31 +81,20 @@ class Gradients(fx.Interpreter):
     ) -> Tensor:
         """What the node computes, of q [1, Hq, T, D], k [1, H, T, D], v [1, H, T, E], as [1, T, Hq, E]."""
         length, heads = q.shape[2], k.shape[1]
-        seen = causal_mask(length, window, q.device) if mask is None else mask[0, 0]
-        grouped = q[0].float().unflatten(0, (heads, -1))  # [H, group, T, D]
-        logits = _logits(grouped, k[0], scale, softcap)
-        far = None
+        first = length if window else min(self.skip_first, length)
+        stored = tuple(x[:, :, first:].detach().requires_grad_() for x in (k, v))
         if not window:
-            k_leaf, v_leaf = (x[:, :, self.skip_first :].detach().requires_grad_() for x in (k, v))
-            self.leaves[layer] = k_leaf, v_leaf
-            age = torch.arange(length)[:, None] - torch.arange(self.skip_first, length)
-            far = (age > RECENT).to(q.device)
-            stored = _logits(grouped, k_leaf[0], scale, softcap)
-            near = logits[..., self.skip_first :]
-            logits = torch.cat([logits[..., : self.skip_first], torch.where(far, stored, near)], -1)
-        logits = logits.masked_fill(~seen, -math.inf)
-        if sinks is not None:
-            extra = sinks.float().view(heads, -1, 1, 1).expand(*logits.shape[:3], 1)
-            weights = torch.cat([logits, extra], -1).softmax(-1)[..., :length]
-        else:
-            weights = logits.softmax(-1)
-        out = torch.einsum("hgrt,hte->hgre", weights, v[0].float())
-        if far is not None:
-            change = v_leaf[0].float() - v[0, :, self.skip_first :].float()
-            out = out + torch.einsum("hgrt,hte->hgre", weights[..., self.skip_first :] * far, change)
+            self.leaves[layer] = stored[0], stored[1]
+        out = StoredAttention.apply(
+            q[0].float().unflatten(0, (heads, -1)),
+            *(x[0].float() for x in (k, v, *stored)),
+            None if sinks is None else sinks.float().view(heads, -1),
+            Reach(
+                causal_mask(length, window, q.device) if mask is None else mask[0, 0],
+                first,
+                RECENT,
+                scale,
+                softcap,
+            ),
+        )
         return out.flatten(0, 1).transpose(0, 1)[None].to(q.dtype)
-
-
-def _logits(grouped: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
-    logits = torch.einsum("hgrd,htd->hgrt", grouped, k.float()) * scale
-    return softcap * torch.tanh(logits / softcap) if softcap else logits

@@ -44,7 +44,7 @@ _DTYPES = click.Choice(["float32", "bfloat16", "float16"])
 @click.option(
     "--gradients",
     is_flag=True,
-    help="Also measure what errors in keys and values cost (three times the time).",
+    help="Also measure what errors in keys and values cost (four times the time).",
 )
 @click.option(
     "--own",
