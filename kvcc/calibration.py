@@ -133,9 +133,8 @@ def calibrate(
 ) -> Profile:
     """Measure the model on every prompt of every set, each prompt once, and return the profile.
 
-    With `gradients`, a backward pass through every prompt follows, alone and unpadded (three times the time, and
-    memory for the square of its length in every layer). A prompt that occurs again, in the same or a later set, is
-    left out.
+    With `gradients`, a backward pass through every prompt follows, alone and unpadded (four times the time, and
+    memory for its activations in every layer). A prompt that occurs again, in the same or a later set, is left out.
 
     Where attention knows distances only (rotary positions), a prompt begins at a position drawn between 0 and
     `positions` less its length (None: the model's context; 0: all begin at 0). It computes the same there, and
