@@ -67,7 +67,7 @@ def growth(rows: list[Measured], context: int) -> str:
     curves.append(charts.Line("fp16", tuple((n, widest.uncompressed_bytes(n)) for n in lengths), quiet=True))
     return charts.lines(
         curves,
-        log=True,
+        log="xy",
         title="Cache bytes against context length",
         x_label="context length, tokens",
         y_label="cache of one sequence, exact windows included",

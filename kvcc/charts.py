@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from typing import Literal
 
@@ -23,6 +24,8 @@ _COLOURS = 6
 _READOUT = 16  # units below each plot, for the values of the mark under the pointer
 
 Theme = Literal["auto", "light", "dark"]
+Log = Literal["", "y", "xy"]  # which axes are logarithmic
+Ticks = Callable[[float, float], list[float]]  # of the least and the largest value
 _LIGHT = {
     "ink": "#1b1f24", "soft": "#57606a", "line": "#d0d7de", "on": "#ffffff", "ghost": "#8c959f",
     "ground": "#ffffff", "c0": "#0072b2", "c1": "#d55e00", "c2": "#009e73", "c3": "#b0508c",
@@ -138,12 +141,36 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [float(f"{i * step:.12g}") for i in range(first, max(last, first + 1) + 1)]
 
 
-def power_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Powers of two that enclose [low, high], both positive: about `count` at most, with equal ratios."""
-    first, last = math.floor(math.log2(low)), math.ceil(math.log2(high))
+def power_ticks(low: float, high: float, count: int = 5, base: float = 2.0) -> list[float]:
+    """Powers of `base` that enclose [low, high], both positive: about `count` at most, with equal ratios."""
+    first, last = (round_to(math.log(x, base)) for x, round_to in ((low, _down), (high, _up)))
     step = max(1, math.ceil((last - first) / count))
     steps = max(1, math.ceil((last - first) / step))
-    return [2.0 ** (first + i * step) for i in range(steps + 1)]
+    return [base ** (first + i * step) for i in range(steps + 1)]
+
+
+def decimal_ticks(low: float, high: float, count: int = 8) -> list[float]:
+    """1, 2 and 5 times powers of ten that enclose [low, high], both positive; powers of ten alone where it is wide."""
+    powers = range(_down(math.log10(low)), _up(math.log10(high)) + 2)
+    steps = [float(f"{m}e{power}") for power in powers for m in (1, 2, 5)]
+    first = max(i for i, tick in enumerate(steps) if tick <= low * (1 + 1e-9))
+    last = next(i for i, tick in enumerate(steps) if i > first and tick >= high * (1 - 1e-9))
+    return steps[first : last + 1] if last - first < count else power_ticks(low, high, count, 10.0)
+
+
+def _down(power: float) -> int:
+    return math.floor(power + 1e-9)
+
+
+def _up(power: float) -> int:
+    return math.ceil(power - 1e-9)
+
+
+_TICKS: dict[Log, tuple[Ticks, Ticks]] = {
+    "": (partial(nice_ticks, count=6), nice_ticks),
+    "y": (partial(nice_ticks, count=6), decimal_ticks),
+    "xy": (partial(power_ticks, count=8), power_ticks),
+}
 
 
 def bars(
@@ -203,30 +230,29 @@ def lines(
     title: str,
     x_label: str,
     y_label: str,
-    log: bool = False,
+    log: Log = "",
     marks: Sequence[Mark] = (),
     named: bool = False,
     origin: bool = True,
     show_x: Show = plain,
     show_y: Show = plain,
 ) -> str:
-    """Curves over linear axes that include 0, or (log) over powers of two; every point is a dot.
+    """Curves over linear axes that include 0; every point is a dot. Without `origin` the horizontal one need not.
 
-    Without `origin` the horizontal axis need not include 0.
+    `log`: "y" for a logarithmic vertical axis, of decimal steps, "xy" for two, of powers of two.
 
     A point that is not finite, or on logarithmic axes not positive, is left out and breaks its curve. A mark
     beyond the points is left out. With `named` each curve's name stands at its last point, not in a legend.
     """
-    runs = [_runs(line.points, log) for line in series]
+    runs = [_runs(line.points, "x" in log, "y" in log) for line in series]
     points = [p for parts in runs for part in parts for p in part]
     if not points:
         return _nothing(title)
-    zero = [] if log else [0.0]
-    x_values = [p[0] for p in points] + (zero if origin else [])
-    y_values = [p[1] for p in points] + zero
-    ticks = power_ticks if log else nice_ticks
-    x_axis = _Axis(ticks(min(x_values), max(x_values), 8 if log else 6), log)
-    y_axis = _Axis(ticks(min(y_values), max(y_values), 5), log)
+    x_values = [p[0] for p in points] + ([0.0] if origin and "x" not in log else [])
+    y_values = [p[1] for p in points] + ([] if log else [0.0])
+    x_ticks, y_ticks = _TICKS[log]
+    x_axis = _Axis(x_ticks(min(x_values), max(x_values)), "x" in log)
+    y_axis = _Axis(y_ticks(min(y_values), max(y_values)), "y" in log)
     hues = ["q" if line.quiet else str(i % _COLOURS) for i, line in enumerate(series)]
     keys = [(line.name, f"f{hue}") for line, hue in zip(series, hues)]
     legend, top = ([], 32.0) if named else _legend(keys)
@@ -347,11 +373,11 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _runs(points: Sequence[tuple[float, float]], log: bool) -> list[list[tuple[float, float]]]:
-    """The points in unbroken runs, without those that cannot be drawn."""
+def _runs(points: Sequence[tuple[float, float]], *log: bool) -> list[list[tuple[float, float]]]:
+    """The points in unbroken runs, without those that cannot be drawn on axes of which `log` are logarithmic."""
     runs: list[list[tuple[float, float]]] = [[]]
     for point in points:
-        if all(math.isfinite(v) and (v > 0 or not log) for v in point):
+        if all(math.isfinite(v) and (v > 0 or not logarithmic) for v, logarithmic in zip(point, log)):
             runs[-1].append(point)
         else:
             runs.append([])

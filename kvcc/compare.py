@@ -124,7 +124,8 @@ def drawn(entries: Sequence[Entry]) -> str:
         title="KL to the uncompressed model against bits per element",
         x_label="bits per element, metadata included",
         y_label="KL, nats per token",
-        log=True,
+        log="y",
+        origin=False,
         named=True,
     )
 

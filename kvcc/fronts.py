@@ -146,6 +146,7 @@ def drawn(front: Front, mine: Point | None) -> str:
         title=f"KL to the uncompressed model against bits per element, as {front.command} measured it",
         x_label="bits per element, metadata included",
         y_label="KL, nats per token",
-        log=True,
+        log="y",
+        origin=False,
         named=True,
     )

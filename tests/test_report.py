@@ -441,9 +441,9 @@ def marks_of(svg: str, tag: str) -> list[ElementTree.Element]:
 
 
 @pytest.mark.parametrize("points", POINTS)
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", ["", "y", "xy"])
 @pytest.mark.parametrize("named", [False, True])
-def test_lines_of_few_points(points: tuple[tuple[float, float], ...], log: bool, named: bool) -> None:
+def test_lines_of_few_points(points: tuple[tuple[float, float], ...], log: charts.Log, named: bool) -> None:
     svg = charts.lines(
         [Line("a", points)], title="t", x_label="x", y_label="y", log=log, named=named, marks=[Mark(64, "m")]
     )
@@ -486,7 +486,9 @@ def test_heat_map_of_few_cells(count: int) -> None:
 def test_values_that_cannot_be_drawn_leave_gaps() -> None:
     curve = Line("a", ((1.0, 1.0), (2.0, math.nan), (4.0, 2.0), (8.0, 0.0), (16.0, 4.0)))
     assert len(marks_of(charts.lines([curve], title="", x_label="", y_label=""), "circle")) == 4
-    assert len(marks_of(charts.lines([curve], title="", x_label="", y_label="", log=True), "circle")) == 3
+    for log in ("y", "xy"):
+        svg = charts.lines([curve], title="", x_label="", y_label="", log=log)
+        assert len(marks_of(svg, "circle")) == 3
     bars = charts.bars(["a"], [("b", [math.inf])], title="", x_label="", y_label="")
     assert "nothing to show" in bars
     assert "nothing to show" in charts.heat_map(["a"], ["b"], [[None]], title="", x_label="", y_label="")
@@ -517,6 +519,27 @@ def test_nice_steps(low: float, high: float) -> None:
     digits = f"{step:.6e}"
     assert digits[:3] in ("1.0", "2.0", "5.0")
     assert 0 in ticks
+
+
+@given(st.floats(1e-9, 1e9), st.floats(1.0, 1e12))
+def test_decimal_ticks_are_round_and_enclose(low: float, ratio: float) -> None:
+    ticks = charts.decimal_ticks(low, low * ratio)
+    assert ticks[0] <= low * (1 + 1e-8)
+    assert ticks[-1] >= low * ratio * (1 - 1e-8)
+    assert 2 <= len(ticks) <= 10
+    assert {f"{t:.6e}"[:8] for t in ticks} <= {"1.000000", "2.000000", "5.000000"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0002, 0.03, [0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05]),
+        (0.001, 0.001, [0.001, 0.002]),
+        (1e-7, 0.3, [10.0**p for p in range(-7, 1)]),
+    ],
+)
+def test_decimal_steps(low: float, high: float, expected: list[float]) -> None:
+    assert charts.decimal_ticks(low, high) == pytest.approx(expected)
 
 
 @given(st.floats(1e-3, 1e12), st.floats(1.0, 1e9))

@@ -166,7 +166,7 @@ def decode_plot(everyone: Sequence[Figures], batches: Sequence[int]) -> str:
                     title=f"ms per decode step, batch {batch}",
                     x_label=f"tokens cached per sequence, batch {batch}",
                     y_label="ms per step",
-                    log=True,
+                    log="xy",
                     show_x=charts.token_count,
                 )
             )

@@ -167,7 +167,8 @@ def drawn(found: "Search") -> str:
         title="KL to the uncompressed model against bits per element",
         x_label="bits per element",
         y_label="KL, nats per token",
-        log=True,
+        log="y",
+        origin=False,
         named=True,
     )
 

@@ -56,7 +56,7 @@ def _cache(facts: Facts) -> Figure:
     ]
     svg = charts.lines(
         curves,
-        log=True,
+        log="xy",
         marks=[charts.Mark(even, f"break-even: {even:,} tokens")] if even else [],
         title="Cache bytes against context length, logarithmic axes",
         x_label="context length, tokens",
