@@ -478,7 +478,7 @@ def calibrate_model(
     if own:
         say(f"writing {own} prompts of the model's own")
         sets.append(own_prompts(loaded, graph, tokenizer, samples=own, length=length, seed=seed))
-    state = output.with_name(f"{output.name}.partial")
+    state = output.absolute().with_name(f"{output.name}.partial")
     if resume:
         say("resuming" if state.exists() else f"nothing to resume ({state} does not exist): starting")
     profile = calibrate(

@@ -1,8 +1,9 @@
 """`check`: accuracy of an artifact through its real cache, against the uncompressed model, held to gates."""
 
 import json
+import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from kvcc.measure import (
 from kvcc.progress import OnProgress, unseen
 from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
+from kvcc.runtime.identity import ModelIdentity
 from kvcc.uncompressed import uncompressed
 
 
@@ -115,11 +117,7 @@ def check(
     report = on_progress or unseen
     model = load(artifact, backend=backend, weights=weights)
     loaded = load_model(against, model.identity.dtype) if isinstance(against, str) else against
-    if loaded.identity.digest != model.identity.digest:
-        raise DataError(
-            f"{artifact} was compiled from {model.identity.name} ({model.identity.digest[:19]}), not from "
-            f"{loaded.identity.name} ({loaded.identity.digest[:19]}); give the model it was compiled from"
-        )
+    require_model(artifact, model.identity, loaded.identity)
     reference = reference or uncompressed(loaded, model.tokenizer)
     kinds = {kind: _texts(model, kind, size, seed) for kind in data}
     known = {} if expected is None else expected
@@ -263,14 +261,29 @@ def _measured(verdict: Verdict) -> dict[str, float | None]:
         mine = [r.drop for r in verdict.retrieval if r.kind == kind]
         drops[f"{kind}_drop_points"] = max(mine) if mine else None
     return {
-        "ppl_increase_percent": max(b.perplexity_increase for b in overall),
-        "kl": max(b.kl for b in overall),
+        "ppl_increase_percent": largest(b.perplexity_increase for b in overall),
+        "kl": largest(b.kl for b in overall),
         "top1": min(b.top1 for b in overall),
         "greedy_agreement": verdict.greedy.same if verdict.greedy else None,
         "bytes_per_token_max": verdict.bytes_per_token,
         "cache_error_percent": max(100 * abs(t.cache_bytes / t.formula_bytes - 1) for t in verdict.texts),
         **drops,
     }
+
+
+def require_model(artifact: Path, of: ModelIdentity, against: ModelIdentity) -> None:
+    """Raises DataError for an artifact `of` another model."""
+    if against.digest != of.digest:
+        raise DataError(
+            f"{artifact} was compiled from {of.name} ({of.digest[:19]}), not from "
+            f"{against.name} ({against.digest[:19]}); give the model it was compiled from"
+        )
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest, or NaN where one is, which no gate accepts; max() gives NaN only where it comes first."""
+    given = list(values)
+    return math.nan if any(map(math.isnan, given)) else max(given)
 
 
 def store_accuracy(artifact: Path, verdict: Verdict) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from kvcc.bench import decode_times
-from kvcc.charts import Line, lines
-from kvcc.checking import CheckSize, Verdict, check
+from kvcc.charts import Line, beside, lines
+from kvcc.checking import CheckSize, Verdict, check, require_model
 from kvcc.frontend import load_model
 from kvcc.kernels.linear import WeightType
 from kvcc.progress import OnProgress
 from kvcc.runtime import load
+from kvcc.runtime.artifact import read_manifest
 from kvcc.uncompressed import uncompressed
 
 
@@ -54,8 +55,11 @@ def compare(
     `steps` decode steps are timed. Raises what `check` does.
     """
     size = size or CheckSize(greedy_prompts=0)
+    models = [read_manifest(path).model for path in artifacts]  # all of them before hours of work
     first = load(artifacts[0], verify="sizes")
     loaded = load_model(against, first.identity.dtype)
+    for path, model in zip(artifacts, models):
+        require_model(path, model, loaded.identity)
     reference = uncompressed(loaded, first.tokenizer)
     expected: dict[str, list[Tensor]] = {}
     found = []
@@ -116,18 +120,20 @@ def _named(path: Path, report: OnProgress | None) -> OnProgress | None:
 
 
 def drawn(entries: Sequence[Entry]) -> str:
-    """An SVG of mean KL against bits per element, one dot an artifact, and the front."""
+    """An SVG file of mean KL against bits per element, one dot an artifact, and the front."""
     front = tuple((e.bits_per_element, e.mean_kl) for e in entries if e.on_front)
     dots = [Line(e.name, ((e.bits_per_element, e.mean_kl),), quiet=not e.on_front) for e in entries]
-    return lines(
-        [Line("", front), *dots],
-        title="KL to the uncompressed model against bits per element",
+    title = "KL to the uncompressed model against bits per element"
+    chart = lines(
+        [Line("", front, labelled=False), *dots],
+        title=title,
         x_label="bits per element, metadata included",
         y_label="KL, nats per token",
         log="y",
         origin=False,
         named=True,
     )
+    return beside([chart], title=title, columns=1)
 
 
 def as_dict(entries: Sequence[Entry]) -> dict[str, Any]:

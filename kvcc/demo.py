@@ -47,8 +47,11 @@ def demo(
     say: Callable[[str], None] = print,
     on_progress: OnProgress | None = None,
 ) -> list[Row]:
-    """Write a profile and one artifact a recipe under `output`, and measure each. `say` gets a line for each stage."""
-    report = on_progress or unseen
+    """Write a profile and one artifact a recipe under `output`, and measure each. `say` gets a line for each stage.
+
+    `recipes` are names or files; artifacts have the names that these give themselves.
+    """
+    report, chosen = on_progress or unseen, [load_recipe(name) for name in recipes]
     size = size or CheckSize(texts=2, length=1280, retrieval_lengths=(), greedy_prompts=0)
     start = time.perf_counter()
 
@@ -72,9 +75,10 @@ def demo(
     profile.save(output / "profile")
 
     reference, rows = None, []
-    for name in recipes:
+    for recipe in chosen:
+        name = recipe.name
         artifact = output / f"{name}.kvcc"
-        compiled = compile_model(loaded, profile, load_recipe(name), artifact, graph=graph, overwrite=True)
+        compiled = compile_model(loaded, profile, recipe, artifact, graph=graph, overwrite=True)
         stage(f"compiled {name}: {compiled.plan.bytes_per_token():,.0f} bytes per token; checking")
         runnable = load(artifact)
         reference = reference or uncompressed(loaded, runnable.tokenizer, graph)

@@ -7,6 +7,7 @@ from kvcc.errors import PassError
 from kvcc.graph import attention_nodes
 from kvcc.kernels.layout import Plane, Side
 from kvcc.passes.contract import Compilation
+from kvcc.profile import Profile
 from kvcc.rope import match_rope, narrow_rope
 from kvcc.runtime.plan import HeadPlan
 from kvcc.surgery import (
@@ -139,21 +140,22 @@ def _weights(module: fx.GraphModule, projection: Projection) -> tuple[Tensor, Te
 def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float) -> int:
     """Keep the V channels with the most variance after W_o (ThinK's appendix), for every token; returns the width.
 
-    Widths are multiples of 8, so that they can be packed. The mean of dropped channels goes into the output bias.
+    Widths are multiples of 8, so that they can be packed. The mean of dropped channels goes into the output bias; where
+    attention sinks take a share of the weights it would be too much, so there channels count by their second moment.
     """
     module, layer = compilation.graph.module, compilation.plan.layers[index]
     attention = attention_nodes(module)[index]
-    profile = compilation.need_profile("think")
+    mean, moment = _value_statistics(compilation, index, compilation.need_profile("think"))
     v, out = value_projection(compilation, index), output_side(compilation, index)
     wo = attribute(module, out.weight).double()
     group = layer.q_heads // layer.kv_heads
     gain = wo[:, out.index].square().sum(0).unflatten(0, (layer.kv_heads, group)).sum(1)  # [Hkv, D]
-    score = profile.v_cov(index).diagonal(dim1=1, dim2=2) * gain
+    score = moment.diagonal(dim1=1, dim2=2) * gain
     width = max(8, int(keep_ratio * layer.v_dim + 1e-9) // 8 * 8)
     if width >= layer.v_dim:
         return layer.v_dim
     kept = score.topk(width, dim=-1).indices.sort(-1).values  # [Hkv, width]
-    dropped_mean = profile.v_mean(index).scatter(1, kept, 0.0).repeat_interleave(group, 0)
+    dropped_mean = mean.scatter(1, kept, 0.0).repeat_interleave(group, 0)
     bias = torch.einsum("ohd,hd->o", wo[:, out.index], dropped_mean)
     if out.bias is not None:
         bias = bias + attribute(module, out.bias).double()
@@ -172,3 +174,15 @@ def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float)
     )
     compilation.update(index, v_dim=width, heads=heads, elements=layer.model_elements)
     return width
+
+
+def _value_statistics(compilation: Compilation, index: int, profile: Profile) -> tuple[Tensor, Tensor]:
+    """Mean [H, D] of V as the graph has it now, and covariance [H, D, D]; with sinks zero, and second moment."""
+    mean, moment = profile.v_mean(index), profile.v_cov(index)
+    if compilation.specs()[index].has_sinks:
+        mean, moment = torch.zeros_like(mean), profile.vv(index)
+    if index in compilation.value_maps:
+        removed, basis = compilation.value_maps[index]
+        mean = torch.einsum("hd,hde->he", mean - removed, basis)
+        moment = basis.mT @ moment @ basis
+    return mean, moment

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 WIDTHS = (2, 3, 4, 8)
 GROUP = 64
 METADATA = 32 / GROUP  # bits per element of scales and zeros
+LEAST = WIDTHS[0] + METADATA  # bits per element below which no widths go
 PROBE = 2  # bits at which a layer's K, or V, is measured; each further bit costs a quarter of the one before
 
 
@@ -24,7 +25,7 @@ def mixed_recipe(costs: Mapping[tuple[int, str], float], bits: float) -> str | N
     what gains most per bit comes first. None where even the least widths are too many bits. All sides count alike.
     """
     chosen = dict.fromkeys(costs, 0)
-    left = len(costs) * (bits - METADATA - WIDTHS[0])
+    left = len(costs) * (bits - LEAST)
     if left < 0:
         return None
     heap = [(-_gain(cost, 0), place) for place, cost in costs.items()]

@@ -15,7 +15,7 @@ from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.errors import DataError, KvccError
 from kvcc.graph import Graph, attention_nodes, attention_spec
-from kvcc.mixing import mixed_recipe, single_side
+from kvcc.mixing import LEAST, mixed_recipe, single_side
 from kvcc.profile import Profile
 from kvcc.progress import OnProgress, unseen
 from kvcc.runtime import CompiledModel
@@ -132,7 +132,7 @@ def search(
     `reference` is that model uncompressed, with its tokenizer (kvcc.uncompressed), which all are compared with.
     `texts` of each kind of DATA, predictions of `tokens` tokens after `context` ones; finalists are measured on as
     many others. With `state`, measurements are kept in that file and taken from it. Deterministic for a seed. Raises
-    DataError when nothing meets the goal.
+    DataError when nothing meets the goal, on both kinds of texts.
     """
     report = on_progress or unseen
     trials = Trials(graph, reference, profile, texts, context, tokens, seed, state)
@@ -160,16 +160,30 @@ def search(
             else ""
         )
         raise DataError(f"no recipe meets the goal{closest}; allow more bytes or a larger KL")
-    finals = []
-    for number, each in enumerate(fitting[:FINALISTS]):
-        report("verifying", number, min(FINALISTS, len(fitting)))
-        again = trials.measure(each.recipe, goal.bits, timed=timed, again=True)
-        assert again is not None
-        finals.append(again)
-    report("verifying", len(finals), len(finals))
-    verified = [m for m in finals if _fits(m, goal)] or finals
-    winner = min(verified, key=lambda m: _rank(m, goal))
+    winner = min(_verified(trials, fitting, goal, report), key=lambda m: _rank(m, goal))
     return Search(goal, winner, pareto(measured), tuple(measured), refused)
+
+
+def _verified(trials: Trials, fitting: Sequence[Measured], goal: Goal, report: OnProgress) -> list[Measured]:
+    """The first FINALISTS measured on other texts, those that meet the goal there, too; else the first that does.
+
+    Raises DataError when none does: texts differ, and recipes chosen by the bits lie next to a limit of KL.
+    """
+    held: list[Measured] = []
+    for number, each in enumerate(fitting):
+        if number >= FINALISTS and held:
+            break
+        report("verifying", number, max(number + 1, min(FINALISTS, len(fitting))))
+        again = trials.measure(each.recipe, goal.bits, timed=goal.attention_ms is not None, again=True)
+        assert again is not None
+        if _fits(again, goal):
+            held.append(again)
+    report("verifying", len(fitting), len(fitting))
+    if not held:
+        raise DataError(
+            f"none of the {len(fitting)} recipes that met the goal meets it on other texts, too; allow a larger KL"
+        )
+    return held
 
 
 def pareto(measured: Sequence[Measured]) -> tuple[Measured, ...]:
@@ -195,6 +209,8 @@ def _rank(found: Measured, goal: Goal) -> tuple[float, float]:
 
 def _mixed(trials: Trials, bits: float, report: OnProgress) -> list[str]:
     """The recipe that gives K and V of every layer a width of its own; none where layers cannot be quantised so."""
+    if bits < LEAST:
+        return []
     module = trials.graph.module
     layers = [i for i, node in enumerate(attention_nodes(module)) if not attention_spec(node).window]
     costs: dict[tuple[int, str], float] = {}

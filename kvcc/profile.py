@@ -226,6 +226,10 @@ class Profile:
         held = self._layer(layer)
         return held.saliency_sum / held.saliency_keys, held.saliency_sq_sum / held.saliency_keys
 
+    def digest(self) -> str:
+        """SHA-256 of all statistics, in hexadecimal: what passes cannot tell apart has the same."""
+        return _document(self)[0].tensors.sha256
+
     def save(self, folder: Path | str) -> None:
         """Write profile.json and its tensor file into `folder`, made if missing; an older one is replaced.
 

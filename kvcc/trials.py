@@ -95,13 +95,11 @@ class Trials:
         self.opening = self.prompt.tokens[:OPENING]
         self.opened = _opened(self.reference, self.opening)
         self.tolerance = EXACT_TOLERANCE[model.dtype]
-        given = [] if profile is None else profile.prompts
-        about = ["behind", model.digest, context, tokens, texts, seed, given]
+        about = ["behind", model.digest, context, tokens, texts, seed, profile and profile.digest()]
         self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         self.known: dict[str, Any] = {}
         if state is not None and state.is_file():
-            held = json.loads(state.read_text())
-            self.known = held["measured"] if held.get("key") == self.key else {}
+            self.known = _held(state, self.key)
 
     def measure(
         self,
@@ -125,8 +123,7 @@ class Trials:
                 return None
             self.known[key] = asdict(found)
             if self.state is not None:
-                held = {"key": self.key, "measured": self.known}
-                write_atomically(self.state, json.dumps(held, indent=1).encode())
+                _hold(self.state, self.key, self.known)
         return Measured(**self.known[key])
 
     def _measure(
@@ -155,6 +152,23 @@ class Trials:
         if float((_opened(model, self.opening) - self.opened).abs().max()) > self.tolerance:
             return None
         return filler(model, self.prompt)
+
+
+def _held(state: Path, key: str) -> dict[str, Any]:
+    """What was measured for the same `key`, from a file. Raises DataError for one that is none of ours."""
+    try:
+        held = json.loads(state.read_text())
+        return dict(held["measured"]) if held["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{state} cannot be read; remove it, or plan without --resume") from error
+
+
+def _hold(state: Path, key: str, measured: dict[str, Any]) -> None:
+    """Keep it there. Raises DataError."""
+    try:
+        write_atomically(state, json.dumps({"key": key, "measured": measured}, indent=1).encode())
+    except OSError as error:
+        raise DataError(f"cannot write {state}: {error.strerror or error}") from error
 
 
 def _text(reference: CompiledModel, context: Sequence[int], behind: Sequence[int]) -> Text:

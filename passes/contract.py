@@ -47,6 +47,8 @@ class Compilation:
     plan: Plan
     tables: dict[str, Tensor] = field(default_factory=dict)
     notes: list[Note] = field(default_factory=list)
+    value_maps: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By layer: mean [H, D] and basis [H, D, D] of V' = (V - mean) basis, where a pass put that into the weights."""
 
     def specs(self) -> list[AttentionSpec]:
         """The attention layers as the graph has them now, by layer."""
@@ -82,7 +84,9 @@ class Pass(BaseModel, ABC):
 
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
-    after: ClassVar[tuple[str, ...]] = ()  # passes that must come earlier when both are in a recipe
+    after: ClassVar[
+        tuple[str, ...]
+    ] = ()  # passes it can follow in a layer; in a recipe they must come earlier
     once: ClassVar[bool] = True
 
     @abstractmethod
@@ -94,11 +98,21 @@ class Pass(BaseModel, ABC):
         return self.needs_profile
 
     def chosen(self, compilation: Compilation) -> list[tuple[int, LayerPlan]]:
-        """The layers that the pass is for, with their plans. Raises PassError for one that the model lacks."""
+        """The layers that the pass is for, with their plans.
+
+        Raises PassError for one that the model lacks, or that a pass has changed of which this one does not know.
+        """
         plans = compilation.plan.layers
         for index in self.layers or ():
             if not 0 <= index < len(plans):
                 raise PassError(f"{self.name}: the model has layers 0 to {len(plans) - 1}, not {index}")
+        for note in compilation.notes:
+            mine = self.layers is None or note.layer in self.layers
+            if note.fired and mine and note.pass_name not in (self.name, *self.after):
+                raise PassError(
+                    f"layer {note.layer}: {self.name} cannot follow {note.pass_name}, whose changes it would undo or "
+                    "misread; take one of them, or give them different layers"
+                )
         return [(i, plan) for i, plan in enumerate(plans) if self.layers is None or i in self.layers]
 
     def paged(self, compilation: Compilation) -> list[tuple[int, LayerPlan]]:

@@ -44,13 +44,13 @@ class Cskv(Pass):
                 for share, size in ((self.k_rank, layer.k_dim), (self.v_rank, layer.v_dim))
             )
             profile = compilation.need_profile(self.name)
+            sinks = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
             k_basis, v_basis = (
-                torch.linalg.eigh(cov).eigenvectors.flip(-1)
-                for cov in (profile.k_cov(index), profile.v_cov(index))
+                torch.linalg.eigh(moment).eigenvectors.flip(-1)
+                for moment in (profile.k_cov(index), (profile.vv if sinks else profile.v_cov)(index))
             )
             set_key_tables(compilation, index, k_basis[..., :k_rank], k_basis[..., :k_rank])
             compilation.tables[f"layers.{index}.k_mean"] = profile.k_mean(index).float().contiguous()
-            sinks = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
             mean: Tensor = torch.zeros_like(profile.v_mean(index)) if sinks else profile.v_mean(index)
             fold_values(compilation, index, mean, v_basis)
             k = Side((Plane(self.bits, k_rank),), "tokens", self.group_size)

@@ -42,6 +42,7 @@ class FoldValues(Pass):
             if self.mean:
                 mean = compilation.need_profile(self.name).v_mean(index)
             fold_value_map(compilation, v, out, mean, basis)
+            compilation.value_maps[index] = mean, basis
             what = [
                 *(["mean"] if self.mean else []),
                 *([f"{self.basis} basis"] if self.basis != "native" else []),

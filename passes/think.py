@@ -61,6 +61,8 @@ class Think(Pass):
             raise PassError(
                 "think: mode request keeps the same number of channels everywhere; use allocation: uniform"
             )
+        if self.score != "think":
+            raise PassError("think: mode request scores channels by each prompt's queries; use score: think")
         for index in layers:
             layer = compilation.plan.layers[index]
             kept = uniform(layer.kv_heads, layer.k_dim, self.keep_ratio)

@@ -36,7 +36,7 @@ def load(
     of them signed, and has every digest checked. Raises ArtifactError for what is malformed, altered or not understood,
     KernelUnavailable when `backend` cannot run here, DataError for an unusable key file.
     """
-    target = torch.device(device)
+    target = _usable(device)
     if weights is not None and target.type != "cpu":
         raise KernelUnavailable(
             f"weights can be stored as {weights} on the CPU only, not on {target}; leave it out"
@@ -65,3 +65,12 @@ def load(
         target,
         torch.bfloat16 if weights in ("bfloat16", "int8") and multiplies_bfloat16() else None,
     )
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device, tried out. Raises KernelUnavailable."""
+    try:
+        return torch.empty(0, device=torch.device(device)).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises when built without support for it
+        reason = str(error).partition("\n")[0]
+        raise KernelUnavailable(f"device {str(device)!r}: torch cannot use it: {reason}") from error

@@ -1,5 +1,6 @@
 """Choosing the next token from logits."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise DataError(f"temperature {self.temperature} is negative; use 0 for greedy")
+        if not 0 <= self.temperature < math.inf:
+            raise DataError(f"temperature {self.temperature} is negative or not finite; use 0 for greedy")
         if self.top_k < 0:
             raise DataError(f"top_k {self.top_k} is negative; use 0 for all tokens")
         if not 0 < self.top_p <= 1:

@@ -9,6 +9,7 @@ import pytest
 
 import kvcc
 from kvcc.cli import cli, main
+from kvcc.cli._console import print_json
 from kvcc.kernels import BACKENDS
 from kvcc.passes import REGISTRY
 from kvcc.recipe import shipped
@@ -98,6 +99,17 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["export", "x", "--recipe", "kivi-5", "-o", "y"], "no recipe 'kivi-5'"),
         (["inspect", "no-such-folder"], "does not exist"),
         (["run", "no-such-folder", "-p", "Hello"], "does not exist"),
+        (["run", "no-such-folder", "-p", "Hello", "--device", "gpu"], "device 'gpu': torch cannot use it"),
+        (["run", "x", "-p", "Hello", "--temperature", "nan"], "not finite"),
+        (["check", "x", "--against", "y", "--junit", "no/such/j.xml"], "there is no folder no/such"),
+        (["check", "x", "--against", "y", "--markdown", "."], "is a folder"),
+        (["compare", "x", "--against", "y", "-o", "no/such/c.json"], "there is no folder no/such"),
+        (["plan", "x", "--budget", "4x", "-o", "no/such/plan.json"], "there is no folder no/such"),
+        (["plan", "x", "--budget", "4x", "-o", "."], "is a folder"),
+        (["plan", "x", "--budget", "4x", "-o", "p", "--recipe", "./p"], "have the same name"),
+        (["plan", "x", "--budget", "nan", "-o", "p"], "give a ratio to fp16"),
+        (["plan", "x", "--max-kl", "nan", "-o", "p"], "finite numbers"),
+        (["export", "x", "-r", "kivi-4", "-o", "y", "--explain", "--json"], "--explain is for people"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_2(
@@ -108,6 +120,27 @@ def test_bad_input_is_one_clear_line_and_exit_2(
     assert captured.out == ""
     assert said in captured.err.splitlines()[-1]
     assert "Traceback" not in captured.err
+
+
+def test_what_the_system_refuses_is_one_line_and_exit_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not 1, which says that a gate does not hold."""
+
+    @click.command("full")
+    def full() -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(type(cli), "get_command", lambda *_: full)
+    assert call(monkeypatch, "full") == 2
+    assert capsys.readouterr().err == "kvcc: [Errno 28] No space left on device: 'somewhere'\n"
+
+
+def test_json_has_no_numbers_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"kl": [float("nan"), 1.5, (float("inf"), None)]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "kl": [None, 1.5, [None, None]]
+    }
 
 
 def test_a_command_decides_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,17 +1,21 @@
 """kvcc compare: the same numbers as check, what nothing beats, and what is refused."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
 
-from kvcc.checking import CheckSize, check
+from kvcc.checking import CheckSize, check, largest
 from kvcc.cli import cli, main
 from kvcc.compare import Entry, compare, drawn, marked
 from kvcc.compile import compile_model
+from kvcc.errors import ArtifactMissing
 from kvcc.frontend import load_model
+from kvcc.gates import GateResult
 from kvcc.recipe import parse_recipe
 from tests.saved import save_tiny_llama
 
@@ -85,7 +89,22 @@ def test_the_command_writes_numbers_and_a_plot(model: Path, artifacts: list[Path
     assert "kivi-8" in done.output
     numbers = json.loads((tmp_path / "c.json").read_text())["artifacts"]
     assert [set(n["kl"]) for n in numbers] == [{"prose", "code"}] * 2
-    assert (tmp_path / "c.svg").read_text().startswith("<svg")
+    assert (
+        "}svg" in ElementTree.parse(tmp_path / "c.svg").getroot().tag
+    )  # with its namespace: browsers show it
+
+
+def test_a_measurement_that_is_no_number_fails_its_gate_wherever_it_stands() -> None:
+    for values in ([0.01, math.nan], [math.nan, 0.01]):
+        assert not GateResult("kl", 0.05, largest(values)).holds
+    assert GateResult("kl", 0.05, largest([0.01, 0.02])).holds
+
+
+def test_all_artifacts_are_opened_before_any_is_measured(
+    model: Path, artifacts: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(ArtifactMissing, match="does not exist"):
+        compare([artifacts[0], tmp_path / "tpyo.kvcc"], "no model is loaded before")
 
 
 def test_another_model_s_artifact_is_one_line(

@@ -97,5 +97,8 @@ def test_the_command(model: tuple[Path, LoadedModel, Profile], tmp_path: Path) -
     assert set(json.loads(done.stdout)["scales"].values()) == {1.0}
     again = CliRunner().invoke(cli, [*command, "--format", "compressed-tensors"])
     assert isinstance(again.exception, ArtifactExists) or again.exit_code == 2
+    forced = CliRunner().invoke(cli, [*command, "--format", "compressed-tensors", "--force", "--explain"])
+    assert forced.exit_code == 0, forced.output
+    assert "layer 0" in forced.output
     both = CliRunner().invoke(cli, [*command, "--format", "compressed-tensors", "--check"])
     assert both.exit_code == 2

@@ -12,7 +12,7 @@ from kvcc.errors import PassError
 from kvcc.graph import attention_nodes, attention_spec
 from kvcc.passes import REGISTRY, pass_class
 from kvcc.pipeline import run_passes
-from kvcc.surgery import input_projection, output_projection
+from kvcc.surgery import attribute, input_projection, output_projection
 from kvcc.transform_coding import hadamard
 from tests.compiled import (
     WINDOWS,
@@ -274,7 +274,6 @@ def test_values_are_pruned_through_the_weights() -> None:
     graph, profile = tiny_graph("llama"), tiny_profile("llama")
     for index, node in enumerate(attention_nodes(graph.module)):
         out = output_projection(graph.module, node, 4, 16)
-        from kvcc.surgery import attribute
 
         gain = (
             attribute(graph.module, out.weight).double()[:, out.index].square().sum(0).view(2, 2, 16).sum(1)
@@ -293,6 +292,73 @@ def test_values_are_pruned_through_the_weights() -> None:
     torch.testing.assert_close(
         pruned, torch.fx.Interpreter(graph.module).run(*inputs)[0], atol=2e-4, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_oss"])
+@pytest.mark.parametrize("basis", ["pca", "hadamard"])
+def test_values_are_pruned_in_the_basis_they_were_folded_into(architecture: str, basis: str) -> None:
+    """Half of V's principal channels: the same as projecting V onto them, around its mean unless there are sinks."""
+    sinks = architecture == "gpt_oss"
+    fold = f"\n  - fold-values: {{mean: {str(not sinks).lower()}, basis: {basis}}}"
+    model = runnable(
+        architecture, recipe(f"{fold}\n  - think: {{keep_ratio: 1.0, mode: slice, value_keep_ratio: 0.5}}")
+    )
+    row = tokens(30)[0]
+    pruned = stepwise(model, [row], [])[0]
+    graph, profile = tiny_graph(architecture), tiny_profile(architecture)
+    for index, node in enumerate(attention_nodes(graph.module)):
+        if not model.plan.layers[index].page:
+            continue
+        shape = profile.shapes[index]
+        out = output_projection(graph.module, node, shape.q_heads, shape.v_head_dim)
+        assert out is not None
+        moment = profile.vv(index) if sinks else profile.v_cov(index)
+        axes = torch.linalg.eigh(profile.v_cov(index)).eigenvectors
+        if basis == "hadamard":
+            axes = hadamard(shape.v_head_dim, index).expand(shape.kv_heads, -1, -1)
+        weight = attribute(graph.module, out.weight).double()[:, out.index]
+        heads = weight.unflatten(1, (shape.kv_heads, -1))
+        gain = torch.einsum("ohgd,hde->ohge", heads, axes).square().sum((0, 2))
+        score = torch.einsum("hde,hdf,hfe->he", axes, moment, axes) * gain
+        kept = score >= score.sort(-1).values[:, shape.v_head_dim // 2 :][:, :1]
+        projector = ((axes * kept[:, None]) @ axes.mT).float()
+        mean = profile.v_mean(index).float() * (not sinks)
+        offset = (mean - torch.einsum("hd,hde->he", mean, projector))[None, :, None]
+        with graph.module.graph.inserting_before(node):
+            matmul, add = torch.ops.aten.matmul.default, torch.ops.aten.add.Tensor
+            projected = graph.module.graph.call_function(matmul, (node.args[2], projector))
+            node.update_arg(2, graph.module.graph.call_function(add, (projected, offset)))
+    ids = torch.tensor([row])
+    inputs = (ids, torch.arange(30)[None], torch.ones_like(ids), torch.arange(30))
+    torch.testing.assert_close(
+        pruned, torch.fx.Interpreter(graph.module).run(*inputs)[0], atol=5e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("think: {}", "kitty: {group_size: 8}"),
+        ("think: {}", "transform: {}"),
+        ("think: {mode: fold}", "int8: {}"),
+        ("fold-values: {basis: pca}", "cskv: {group_size: 8}"),
+        ("transform: {}", "kivi: {group_size: 8}"),
+    ],
+)
+def test_passes_refuse_layers_that_others_changed(first: str, second: str) -> None:
+    name, before = second.split(":", maxsplit=1)[0], first.split(":", maxsplit=1)[0]
+    with pytest.raises(PassError, match=rf"layer 0: {name} cannot follow {before}.*different layers"):
+        compiled("llama", recipe(f"\n  - {first}\n  - {second}"))
+    options = "layers: [0]}" if first.endswith("{}") else ", layers: [0]}"
+    apart = (
+        f"\n  - {first[:-1]}{options}\n  - {second[:-1]}{'' if second.endswith('{}') else ', '}layers: [1]}}"
+    )
+    assert compiled("llama", recipe(apart)).plan.bytes_per_token() > 0
+
+
+def test_scores_that_no_request_has_are_refused() -> None:
+    with pytest.raises(PassError, match="use score: think"):
+        compiled("llama", recipe("\n  - think: {mode: request, score: centred}"))
 
 
 def test_fewer_channels_cost_fewer_bytes() -> None:

@@ -1,7 +1,7 @@
 """The planner: what it measures, what it chooses, and what it refuses."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -140,6 +140,53 @@ def test_goals_that_nothing_meets_say_what_came_closest(model: Opened) -> None:
         search(*model, None, Goal(bits=1), recipes=RECIPES, **SMALL)
     with pytest.raises(DataError, match=r"smallest that was measured has 6\.00 bits"):
         search(*model, None, Goal(kl=1e-9), recipes=RECIPES[:1], **SMALL)
+
+
+class Verified:
+    """Trials in which KL by bits is as given, and on other texts as given there."""
+
+    def __init__(self, kl: dict[float, tuple[float, float]]) -> None:
+        self.kl, self.verified = kl, list[float]()
+
+    def measure(
+        self, recipe: str, bits: float | None, *, timed: bool = False, again: bool = False
+    ) -> Measured:
+        at = float(recipe)
+        self.verified += [at] if again else []
+        return replace(measured(at, self.kl[at][again]), recipe=recipe)
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, kl: dict[float, tuple[float, float]]) -> tuple[Search, Verified]:
+    trials = Verified(kl)
+    monkeypatch.setattr("kvcc.planner.Trials", lambda *_: trials)
+    nothing = cast(Graph, None), cast(CompiledModel, None), None
+    return search(*nothing, Goal(kl=0.1), recipes=[str(bits) for bits in kl]), trials
+
+
+def test_a_winner_meets_the_goal_on_other_texts_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    close = dict.fromkeys((1.0, 2.0, 3.0), (0.1, 0.2))
+    found, trials = planned(monkeypatch, close | {4.0: (0.01, 0.01), 5.0: (0.01, 0.01)})
+    assert found.winner.bits == 4
+    assert trials.verified == [1, 2, 3, 4]
+    found, trials = planned(monkeypatch, {2.0: (0.1, 0.2), 3.0: (0.1, 0.1), 4.0: (0.0, 0.0), 5.0: (0.0, 0.0)})
+    assert found.winner.bits == 3
+    assert trials.verified == [2, 3, 4]
+    with pytest.raises(DataError, match="none of the 3 recipes that met the goal meets it on other texts"):
+        planned(monkeypatch, close)
+
+
+def test_measurements_of_another_profile_are_none(model: Opened, tmp_path: Path) -> None:
+    (graph, reference), ids = model, tuple(i % 250 for i in range(300))
+    prompts = [PromptSet("counting", "", 0, (TokenPrompt(ids, "0"),))]
+    keys = {
+        Trials(graph, reference, profile, *SMALL.values(), 0, None).key
+        for profile in (None, *(calibrate(graph, prompts, gradients=g) for g in (False, True, True)))
+    }
+    assert len(keys) == 3
+    broken = tmp_path / "plan.json.partial"
+    broken.write_text("{")
+    with pytest.raises(DataError, match="without --resume"):
+        Trials(graph, reference, None, *SMALL.values(), 0, broken)
 
 
 def test_the_command_writes_plan_recipe_and_plot(

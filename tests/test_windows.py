@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from kvcc.cli.export import _saved
 from kvcc.errors import RecipeError
 from kvcc.frontend import capture as capture_model
 from kvcc.kernels import cpu, reference
 from kvcc.kernels.protocol import Backend
 from kvcc.pipeline import run_passes
+from kvcc.recipe import load_recipe
 from kvcc.runtime.fuse import fuse
 from tests.compiled import compiled, recipe, runnable, stepwise, tokens, transformers_logits
 from tests.tiny import tiny_loaded
@@ -61,6 +63,12 @@ def test_a_16_bit_model_keeps_its_own_type(dtype: str) -> None:
 def test_exact_is_the_model_s_type_unless_asked() -> None:
     assert compiled("llama", recipe()).plan.exact == torch.float32
     assert compiled("llama", recipe(windows=HALF)).plan.exact == torch.float16
+
+
+def test_a_cache_that_does_not_grow_is_no_division_by_zero() -> None:
+    plan = compiled("mistral", load_recipe("exact")).plan
+    assert not plan.bytes_per_token()
+    assert "does not grow" in _saved(plan)
 
 
 def test_another_type_is_refused() -> None:

@@ -49,3 +49,6 @@ def main() -> None:
         sys.exit(error.exit_status)
     except BrokenPipeError:
         sys.exit(141)
+    except OSError as error:  # a full disk, a file without permission: what no command expected
+        click.echo(f"kvcc: {error}", err=True)
+        sys.exit(2)

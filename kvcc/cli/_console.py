@@ -1,6 +1,7 @@
 """What commands share: where text goes, and how sizes read."""
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +30,16 @@ json_option = click.option(
 
 
 def print_json(data: Any) -> None:
-    """One JSON document on standard output."""
-    click.echo(json.dumps(data, indent=2, default=str))
+    """One JSON document on standard output; what is not finite is null there."""
+    click.echo(json.dumps(_finite(data), indent=2, default=str, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from rich import box
 from rich.table import Table
 
 from kvcc.cli._console import err, json_option, out, print_json, progress, size
-from kvcc.errors import ArtifactError, ArtifactUnwritable, DataError, KernelUnavailable
+from kvcc.cli._outputs import check_outputs, write_output
+from kvcc.errors import ArtifactError, DataError
 
 if TYPE_CHECKING:
     from kvcc.bench import Bench
@@ -71,7 +72,6 @@ def command(
     if threads is not None:
         torch.set_num_threads(threads)
     options: dict[str, Any] = {"weights": weights} if weights else {}
-    _check_device(device)
     model = load(artifact, device=device, backend=backend, **options)
     with progress(as_json) as advance:
         result = bench(
@@ -83,7 +83,7 @@ def command(
             on_progress=advance,
         )
     if plot is not None:
-        _write(plot, _drawing(model, result))
+        write_output(plot, _drawing(model, result))
     if as_json:
         print_json(_facts(model, weights) | {"steps": steps} | result.as_dict())
         return
@@ -260,25 +260,7 @@ def _bytes(option: str, text: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
 
 
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError) as error:  # what torch raises when built without support for it
-        reason = str(error).partition("\n")[0]
-        raise KernelUnavailable(f"--device {device!r}: torch cannot use it: {reason}") from error
-
-
 def _check_writable(plot: Path, artifact: Path) -> None:
     if plot.resolve().is_relative_to(artifact.resolve()):
         raise ArtifactError(f"{plot} is inside the artifact, which would no longer match its digests")
-    if not plot.parent.is_dir():
-        raise ArtifactUnwritable(f"{plot}: the plot cannot be written: there is no folder {plot.parent}")
-
-
-def _write(plot: Path, drawing: str) -> None:
-    try:
-        plot.write_text(drawing, encoding="utf-8")
-    except OSError as error:
-        raise ArtifactUnwritable(f"{plot}: the plot cannot be written: {error.strerror}") from error
+    check_outputs(plot)

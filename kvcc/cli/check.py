@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvcc.cli._console import err, json_option, out, print_json, progress
+from kvcc.cli._outputs import check_outputs, write_output
 from kvcc.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def command(
     from kvcc.gates import load_gates
     from kvcc.runtime.signature import read_signature
 
+    check_outputs(junit, markdown)
     limits = load_gates(gates) if gates else None
     size = CheckSize(
         texts,
@@ -118,6 +120,15 @@ def command(
             weights=weights,
             on_progress=advance,
         )
+    if as_json:
+        print_json(verdict.as_dict())
+    else:
+        for table in formats.tables(verdict):
+            out.print(table)
+    if junit:
+        write_output(junit, formats.junit(verdict))
+    if markdown:
+        write_output(markdown, formats.markdown(verdict), append=True)
     if store:
         signed = read_signature(artifact) is not None
         store_accuracy(artifact, verdict)
@@ -125,16 +136,6 @@ def command(
             err.print(
                 f"{artifact}: its signature was of what it was before; sign it again: kvcc sign", markup=False
             )
-    if junit:
-        junit.write_text(formats.junit(verdict), encoding="utf-8")
-    if markdown:
-        with markdown.open("a", encoding="utf-8") as file:
-            file.write(formats.markdown(verdict))
-    if as_json:
-        print_json(verdict.as_dict())
-    else:
-        for table in formats.tables(verdict):
-            out.print(table)
     ctx.exit(0 if verdict.passed else 1)
 
 

@@ -8,7 +8,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from kvcc.cli._console import json_option, out, print_json, progress, size
-from kvcc.errors import DataError
+from kvcc.cli._outputs import check_outputs, write_output
 
 if TYPE_CHECKING:
     from kvcc.compare import Entry
@@ -61,11 +61,11 @@ def command(
     """Measure ARTIFACTS against their model in one run: bits, KL, top-1, perplexity, retrieval, bytes, speed."""
     import json
 
-    from kvcc.atomic import write_atomically
     from kvcc.checking import CheckSize
     from kvcc.cli.check import _lengths
     from kvcc.compare import as_dict, compare, drawn
 
+    check_outputs(output, plot)
     wanted = CheckSize(texts, length, context, _lengths(retrieval), retrieval_tasks, greedy_prompts=0)
     with progress(as_json) as advance:
         found = compare(
@@ -78,16 +78,14 @@ def command(
             weights=weights,
             on_progress=advance,
         )
-    for path, text in ((output, json.dumps(as_dict(found), indent=2)), (plot, drawn(found))):
-        if path is not None:
-            try:
-                write_atomically(path, f"{text}\n".encode())
-            except OSError as error:
-                raise DataError(f"cannot write {path}: {error.strerror or error}") from error
     if as_json:
         print_json(as_dict(found))
     else:
         out.print(table_of(found, context))
+    if output is not None:
+        write_output(output, f"{json.dumps(as_dict(found), indent=2)}\n")
+    if plot is not None:
+        write_output(plot, f"{drawn(found)}\n")
 
 
 def table_of(entries: "list[Entry]", context: int) -> Table:

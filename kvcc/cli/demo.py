@@ -34,9 +34,6 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
     if as_json:
         print_json([asdict(row) for row in rows])
         return
-    first = output / f"{rows[0].recipe}.kvcc"
-    out.print(f"\n[bold]{QUESTION}[/]  ({rows[0].recipe})")
-    _generate(first, QUESTION)
     table = Table(
         title="one sequence's cache, exact windows included; accuracy on held-out prose, through that cache"
     )
@@ -55,6 +52,9 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
             f"{row.tokens_per_second:.1f}",
         )
     out.print(table)
+    first = output / f"{rows[0].recipe}.kvcc"
+    out.print(f"\n[bold]{QUESTION}[/]  ({rows[0].recipe})")
+    _generate(first, QUESTION)
     out.print(
         f"Artifacts are in {output}; try: kvcc run {first} -p 'Hello'   or open {first / 'report.html'}"
     )
@@ -63,6 +63,10 @@ def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: b
 def _generate(artifact: Path, question: str) -> None:
     from kvcc.runtime import load
 
-    for piece in load(artifact).stream([[{"role": "user", "content": question}]], max_tokens=80):
+    model = load(artifact)
+    assert model.tokenizer is not None
+    chat = model.tokenizer.has_chat_template
+    prompt = [{"role": "user", "content": question}] if chat else question
+    for piece in model.stream([prompt], max_tokens=80):
         click.echo(piece.text, nl=False)
     click.echo()

@@ -1,5 +1,6 @@
 """kvcc export: compile a model with a recipe and pack the artifact."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,10 +97,14 @@ def command(
     if layout != "onnx" and attention != "standard":
         raise click.UsageError("--onnx-attention is for --format onnx")
     if layout == "onnx" and recipe is None and budget is None and (Path(model) / "manifest.json").is_file():
+        if profile or explain:
+            raise click.UsageError(f"{model} is compiled already: --profile and --explain are for models")
         _onnx(Path(model), output, attention, force, as_json)
         return
     if (recipe is None) == (budget is None):
         raise click.UsageError("give one of --recipe and --budget")
+    if explain and as_json:
+        raise click.UsageError("--explain is for people; with --json leave it out")
     ratio = ratio_of(budget) if budget is not None else None
     from kvcc.recipe import load_recipe
 
@@ -121,7 +126,7 @@ def command(
         chosen, statistics = _planned(loaded, graph, statistics, ratio, as_json)
     told = None if as_json else partial(_told, explain)
     if layout == "compressed-tensors":
-        _exchange(loaded, graph, statistics, chosen, output, force, as_json)
+        _exchange(loaded, graph, statistics, chosen, output, force, as_json, told)
     elif layout == "onnx":
         with TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             compile_model(loaded, statistics, chosen, Path(folder) / "model.kvcc", graph=graph, on_pass=told)
@@ -142,8 +147,13 @@ def _check_target(layout: str, output: Path, force: bool) -> None:
     """Refuse before a model is loaded what could not be written."""
     from kvcc.artifact import check_target
 
-    if layout != "onnx":
+    if layout == "kvcc":
         check_target(output, overwrite=force)
+        return
+    if layout == "compressed-tensors":
+        from kvcc.exchange.compressed_tensors import check_checkpoint_target
+
+        check_checkpoint_target(output, overwrite=force)
         return
     from kvcc.exchange.onnx import check_onnx, check_onnx_target
 
@@ -222,17 +232,7 @@ def _show(summary: dict[str, Any], plan: "Plan", model: str) -> None:
             f"{plain / stored:.2f}x" if stored else "-",
         )
     out.print(table)
-    total, fp16 = plan.bytes_per_token(), plan.uncompressed_bytes_per_token()
-    out.print(
-        f"{total:,.0f} bytes per token against {fp16:,} in fp16 ({fp16 / total:.2f}x smaller, "
-        f"{plan.bits_per_element():.2f} bits per element with scales and zeros)"
-    )
-    tokens = plan.break_even()
-    out.print(
-        f"smaller than an fp16 cache from {tokens:,} tokens on (the exact windows cost {size(plan.cache_bytes(0))})"
-        if tokens is not None
-        else "this recipe saves no memory: its cache is never smaller than an fp16 one"
-    )
+    out.print(_saved(plan))
     if summary["accuracy"] is not None:
         overall = summary["accuracy"]["texts"][0]["overall"]
         out.print(
@@ -242,6 +242,22 @@ def _show(summary: dict[str, Any], plan: "Plan", model: str) -> None:
         out.print(f"carries {count} kernels compiled for {target}")
     signer = summary["signed_by"]
     out.print(f"wrote {summary['artifact']}" + (f", signed by key {signer[:16]}…" if signer else ""))
+
+
+def _saved(plan: "Plan") -> str:
+    """What the plan saves, in two lines."""
+    total, fp16 = plan.bytes_per_token(), plan.uncompressed_bytes_per_token()
+    if not total:
+        return "all layers have sliding windows, which stay exact: the cache does not grow"
+    tokens = plan.break_even()
+    return (
+        f"{total:,.0f} bytes per token against {fp16:,} in fp16 ({fp16 / total:.2f}x smaller, "
+        f"{plan.bits_per_element():.2f} bits per element with scales and zeros)\n"
+    ) + (
+        f"smaller than an fp16 cache from {tokens:,} tokens on (the exact windows cost {size(plan.cache_bytes(0))})"
+        if tokens is not None
+        else "this recipe saves no memory: its cache is never smaller than an fp16 one"
+    )
 
 
 def _runs(stored: list[float], plan: "Plan") -> list[tuple[int, int, float, int]]:
@@ -264,11 +280,12 @@ def _exchange(
     output: Path,
     force: bool,
     as_json: bool,
+    told: "Callable[[PassReport], None] | None",
 ) -> None:
     from kvcc.exchange.compressed_tensors import write_compressed_tensors
     from kvcc.pipeline import run_passes
 
-    compiled = run_passes(graph, profile, recipe)
+    compiled = run_passes(graph, profile, recipe, on_pass=told)
     scales = write_compressed_tensors(loaded, profile, recipe, compiled, output, overwrite=force)
     if as_json:
         print_json({"folder": str(output), "scales": scales})

@@ -1,5 +1,6 @@
 """kvcc plan: find the recipe that loses least within a budget."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcc.cli._console import json_option, out, print_json, progress
+from kvcc.cli._outputs import check_outputs, write_output
 from kvcc.errors import DataError
 
 if TYPE_CHECKING:
@@ -80,7 +82,10 @@ def command(
     """
     if sum(given is not None for given in (budget, bytes_per_token, max_kl)) != 1:
         raise click.UsageError("give one of --budget, --bytes-per-token and --max-kl")
+    if not all(math.isfinite(x) for x in (bytes_per_token, max_kl, max_attention_ms) if x is not None):
+        raise click.UsageError("--bytes-per-token, --max-kl and --max-attention-ms take finite numbers")
     ratio = ratio_of(budget) if budget is not None else None
+    check_outputs(output, recipe_file, plot)
     from kvcc.planner import search
     from kvcc.profile import Profile
     from kvcc.uncompressed import opened
@@ -115,7 +120,7 @@ def ratio_of(text: str) -> float:
         ratio = float(text.lower().removesuffix("x"))
     except ValueError:
         ratio = 0.0
-    if ratio <= 0:
+    if not 0 < ratio < math.inf:
         raise click.UsageError(f"--budget {text}: give a ratio to fp16, such as 4x")
     return ratio
 
@@ -139,10 +144,8 @@ def goal_of(
 
 
 def save(found: "Search", output: Path, recipe: Path | None, plot: Path | None) -> None:
-    """Write plan.json and what else was asked for. Raises DataError where that is not possible."""
+    """Write plan.json and what else was asked for. Raises ArtifactUnwritable where that is not possible."""
     import json
-
-    from kvcc.atomic import write_atomically
 
     files = {output: json.dumps(found.as_dict(), indent=2)}
     if recipe is not None:
@@ -150,27 +153,26 @@ def save(found: "Search", output: Path, recipe: Path | None, plot: Path | None) 
     if plot is not None:
         files[plot] = drawn(found)
     for path, text in files.items():
-        try:
-            write_atomically(path, f"{text}\n".encode())
-        except OSError as error:
-            raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        write_output(path, f"{text}\n")
 
 
 def drawn(found: "Search") -> str:
-    """An SVG of the front and of everything that was measured."""
-    from kvcc.charts import Line, lines
+    """An SVG file of the front and of everything that was measured."""
+    from kvcc.charts import Line, beside, lines
 
     front = sorted((m.bits, m.kl) for m in found.front)
     dots = [Line(row(m)[0], ((m.bits, m.kl),), quiet=m not in found.front) for m in found.measured]
-    return lines(
-        [Line("front", tuple(front)), *dots],
-        title="KL to the uncompressed model against bits per element",
+    title = "KL to the uncompressed model against bits per element"
+    chart = lines(
+        [Line("front", tuple(front), labelled=False), *dots],
+        title=title,
         x_label="bits per element",
         y_label="KL, nats per token",
         log="y",
         origin=False,
         named=True,
     )
+    return beside([chart], title=title, columns=1)
 
 
 def show(found: "Search", model: str) -> None:

@@ -24,13 +24,17 @@ def command() -> None:
 @command.command("merge")
 @click.argument("profiles", nargs=-1, required=True, type=_PATH)
 @click.option("-o", "--output", required=True, type=_PATH, help="Folder of the merged profile.")
-def _merge(profiles: tuple[Path, ...], output: Path) -> None:
+@json_option
+def _merge(profiles: tuple[Path, ...], output: Path, as_json: bool) -> None:
     """Add profiles of one model up: the result is that of one run over all their prompts."""
     from kvcc.profile import Profile, merge
 
     whole = merge(Profile.load(path) for path in profiles)
     whole.save(output)
-    click.echo(f"{output}: {len(whole.prompts)} prompts, {whole.tokens} tokens")
+    if as_json:
+        print_json({"profile": str(output), "prompts": len(whole.prompts), "tokens": whole.tokens})
+    else:
+        click.echo(f"{output}: {len(whole.prompts)} prompts, {whole.tokens} tokens")
 
 
 @command.command("show")
