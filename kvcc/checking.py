@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcc.artifact import update_file
 from kvcc.calibration import encode_sets
-from kvcc.calibration_data import HELD_OUT, held_out, load_prompts
+from kvcc.calibration_data import HELD_OUT, held_out, load_prompts, names
 from kvcc.calibration_data.retrieval_tasks import GENERATORS, Task
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, load_model
@@ -172,6 +172,8 @@ def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[
         raise DataError(f"{model.identity.name} has no tokenizer, so no text can be measured")
     if kind in HELD_OUT:
         prompts = held_out(kind, samples=size.texts, length=size.length, seed=seed)
+    elif kind in names():
+        raise DataError(f"{kind} is for calibration; measure on {', '.join(HELD_OUT)}, or a prompt file")
     else:
         prompts = load_prompts(kind, samples=size.texts, length=size.length, seed=seed)
     sets = encode_sets(prompts, model.tokenizer, seed=seed, length=size.length)

@@ -10,6 +10,7 @@ from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.checking import CheckSize, check, store_accuracy
 from kvcc.compile import compile_model
+from kvcc.errors import DataError
 from kvcc.frontend import capture, load_model, runtime_tokenizer
 from kvcc.progress import OnProgress, unseen
 from kvcc.recipe import load_recipe
@@ -52,6 +53,9 @@ def demo(
     `recipes` are names or files; artifacts have the names that these give themselves.
     """
     report, chosen = on_progress or unseen, [load_recipe(name) for name in recipes]
+    named = [recipe.name for recipe in chosen]
+    if len(set(named)) < len(named) or any(Path(name).name != name for name in named):
+        raise DataError(f"recipes need names of their own that files can have, not {', '.join(named)}")
     size = size or CheckSize(texts=2, length=1280, retrieval_lengths=(), greedy_prompts=0)
     start = time.perf_counter()
 

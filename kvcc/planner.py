@@ -13,7 +13,7 @@ from typing import Any
 
 from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
-from kvcc.errors import DataError, KvccError
+from kvcc.errors import ArtifactUnwritable, DataError, KvccError
 from kvcc.graph import Graph, attention_nodes, attention_spec
 from kvcc.mixing import LEAST, mixed_recipe, single_side
 from kvcc.profile import Profile
@@ -103,8 +103,9 @@ def calibrated(
 ) -> Profile:
     """A profile with gradients, of CALIBRATION, for searching without one that was made before."""
     report = on_progress or unseen
-    prompts = load_prompts(CALIBRATION, samples=CALIBRATION_PROMPTS, length=CALIBRATION_LENGTH, seed=seed)
-    sets = encode_sets(prompts, tokenizer, seed=seed, length=CALIBRATION_LENGTH)
+    length = min(CALIBRATION_LENGTH, graph.model.context_length)
+    prompts = load_prompts(CALIBRATION, samples=CALIBRATION_PROMPTS, length=length, seed=seed)
+    sets = encode_sets(prompts, tokenizer, seed=seed, length=length)
     return calibrate(
         graph,
         sets,
@@ -145,6 +146,8 @@ def search(
         report("measuring recipes", number, len(wanted))
         try:
             found = trials.measure(recipe, goal.bits, timed=timed)
+        except ArtifactUnwritable:  # of what is measured; it says nothing of the recipe
+            raise
         except KvccError as error:
             refused[recipe] = str(error)
             continue
@@ -218,6 +221,8 @@ def _mixed(trials: Trials, bits: float, report: OnProgress) -> list[str]:
         report("measuring layers", number, 2 * len(layers))
         try:
             found = trials.measure(f"{WINDOWS}{single_side(layer, side)}", None, short=True)
+        except ArtifactUnwritable:
+            raise
         except KvccError:
             return []
         assert found is not None

@@ -14,7 +14,7 @@ from kvcc.atomic import write_atomically
 from kvcc.attention_time import attention_ms
 from kvcc.calibration import encode_sets
 from kvcc.calibration_data import load_prompts
-from kvcc.errors import DataError
+from kvcc.errors import ArtifactUnwritable, DataError
 from kvcc.graph import Graph
 from kvcc.measure import divergences
 from kvcc.pipeline import in_memory, run_passes
@@ -58,7 +58,8 @@ class Trials:
     `reference` is the model in `graph`, uncompressed and with a tokenizer.
 
     The first `texts` of a kind are what recipes are compared on, as many others what the best are verified on: `tokens`
-    predictions behind `context` tokens, or as many as the model's context leaves. Raises DataError where it leaves few.
+    predictions behind `context` tokens, or as many as the model's context leaves. Raises DataError where it leaves few,
+    ProfileError for a profile of another model.
     """
 
     def __init__(
@@ -75,6 +76,8 @@ class Trials:
         self.graph, self.reference, self.profile = graph, reference, profile
         self.count, self.state = texts, state
         model, tokenizer = graph.model, reference.tokenizer
+        if profile is not None:
+            profile.require_model(model)
         if tokenizer is None:
             raise DataError(f"{model.name} has no tokenizer; planning measures on text")
         left = model.context_length - tokens
@@ -164,11 +167,11 @@ def _held(state: Path, key: str) -> dict[str, Any]:
 
 
 def _hold(state: Path, key: str, measured: dict[str, Any]) -> None:
-    """Keep it there. Raises DataError."""
+    """Keep it there. Raises ArtifactUnwritable."""
     try:
         write_atomically(state, json.dumps({"key": key, "measured": measured}, indent=1).encode())
     except OSError as error:
-        raise DataError(f"cannot write {state}: {error.strerror or error}") from error
+        raise ArtifactUnwritable(f"cannot write {state}: {error.strerror or error}") from error
 
 
 def _text(reference: CompiledModel, context: Sequence[int], behind: Sequence[int]) -> Text:

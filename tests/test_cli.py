@@ -1,8 +1,10 @@
 """The command line itself: what needs no model."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import kvcc
 from kvcc.cli import cli, main
 from kvcc.cli._console import print_json
+from kvcc.cli._outputs import write_output
 from kvcc.kernels import BACKENDS
 from kvcc.passes import REGISTRY
 from kvcc.recipe import shipped
@@ -107,6 +110,7 @@ def test_recipes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
         (["plan", "x", "--budget", "4x", "-o", "no/such/plan.json"], "there is no folder no/such"),
         (["plan", "x", "--budget", "4x", "-o", "."], "is a folder"),
         (["plan", "x", "--budget", "4x", "-o", "p", "--recipe", "./p"], "have the same name"),
+        (["check", "x", "--against", "y", "--retrieval", "-1"], "0 for none"),
         (["plan", "x", "--budget", "nan", "-o", "p"], "give a ratio to fp16"),
         (["plan", "x", "--max-kl", "nan", "-o", "p"], "finite numbers"),
         (["export", "x", "-r", "kivi-4", "-o", "y", "--explain", "--json"], "--explain is for people"),
@@ -134,6 +138,24 @@ def test_what_the_system_refuses_is_one_line_and_exit_2(
     monkeypatch.setattr(type(cli), "get_command", lambda *_: full)
     assert call(monkeypatch, "full") == 2
     assert capsys.readouterr().err == "kvcc: [Errno 28] No space left on device: 'somewhere'\n"
+
+
+def test_outputs_go_where_links_lead_and_into_devices(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    target.write_text("old")
+    link.symlink_to(target)
+    write_output(link, "new")
+    assert link.is_symlink()
+    assert target.read_text() == "new"
+    write_output(target, "er", append=True)
+    assert target.read_text() == "newer"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_output(pipe, "through")
+    assert os.read(reader, 10) == b"through"
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_json_has_no_numbers_that_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,17 @@ def test_a_measurement_that_is_no_number_fails_its_gate_wherever_it_stands() -> 
     assert GateResult("kl", 0.05, largest([0.01, 0.02])).holds
 
 
+def test_calibration_s_own_texts_measure_nothing(
+    model: Path, artifacts: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["kvcc", "check", str(artifacts[0]), "--against", str(model), "--data", "prose,stdlib-docs"]
+    monkeypatch.setattr("sys.argv", [*command, "--length", "112", "--context", "96"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert "stdlib-docs is for calibration; measure on prose, code" in capsys.readouterr().err
+
+
 def test_all_artifacts_are_opened_before_any_is_measured(
     model: Path, artifacts: list[Path], tmp_path: Path
 ) -> None:

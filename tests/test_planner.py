@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.cli import cli
-from kvcc.errors import DataError
+from kvcc.errors import ArtifactUnwritable, DataError, ProfileError
 from kvcc.graph import Graph
 from kvcc.planner import Goal, Search, candidates, pareto, search
 from kvcc.profile import Profile
@@ -183,10 +183,19 @@ def test_measurements_of_another_profile_are_none(model: Opened, tmp_path: Path)
         for profile in (None, *(calibrate(graph, prompts, gradients=g) for g in (False, True, True)))
     }
     assert len(keys) == 3
+    other = calibrate(graph, prompts)
+    other = replace(other, model=other.model.model_copy(update={"digest": "sha256:other"}))
+    with pytest.raises(ProfileError, match="calibrate this model"):
+        search(graph, reference, other, Goal(bits=8.5), recipes=RECIPES, **SMALL)
     broken = tmp_path / "plan.json.partial"
     broken.write_text("{")
     with pytest.raises(DataError, match="without --resume"):
         Trials(graph, reference, None, *SMALL.values(), 0, broken)
+
+
+def test_a_state_that_cannot_be_written_is_no_fault_of_a_recipe(model: Opened, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactUnwritable, match="cannot write"):
+        search(*model, None, Goal(bits=8.5), recipes=RECIPES, state=tmp_path / "no" / "state", **SMALL)
 
 
 def test_the_command_writes_plan_recipe_and_plot(

@@ -62,7 +62,7 @@ def command(
     import json
 
     from kvcc.checking import CheckSize
-    from kvcc.cli.check import _lengths
+    from kvcc.cli.check import _lengths, kinds_of
     from kvcc.compare import as_dict, compare, drawn
 
     check_outputs(output, plot)
@@ -71,7 +71,7 @@ def command(
         found = compare(
             artifacts,
             against,
-            data=data,
+            data=kinds_of(data),
             size=wanted,
             seed=seed,
             steps=steps,

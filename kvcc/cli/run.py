@@ -72,6 +72,8 @@ def command(
     model = load(artifact, device=device, backend=backend, weights=weights, precompiled=precompiled)
     loading = time.perf_counter() - start
     chat = not raw and model.tokenizer is not None and model.tokenizer.has_chat_template
+    if system and not chat:
+        raise DataError("--system is for chat models, and not for --raw: put it into the prompt")
     messages = [
         *([{"role": "system", "content": system}] if system else []),
         {"role": "user", "content": text},
