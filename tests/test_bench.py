@@ -380,7 +380,7 @@ def test_stored_weights(call: Call, artifact: Path, monkeypatch: pytest.MonkeyPa
         (["--steps", "0"], "'--steps'"),
         (["--memory", "lots"], "--memory 'lots': give bytes with a unit"),
         (["--weights", "int3"], "'--weights'"),
-        (["--device", "abacus"], "--device 'abacus': torch cannot use it"),
+        (["--device", "abacus"], "device 'abacus': torch cannot use it"),
         (["--contexts", "4096"], "takes contexts of at most 2048 tokens"),
         (["--plot", "no/such/folder/plot.svg"], "there is no folder no/such/folder"),
     ],
