@@ -123,8 +123,8 @@ def _attend_row(
         return causal_attention(q, k, v, scale, window, softcap)
     # Only the first `window` tokens see cached ones, so no more than these are copied behind them.
     near = min(k.shape[1], window)
-    k_near = torch.cat([layer.window_k[row][:, slots], k[:, :near]], dim=1)
-    v_near = torch.cat([layer.window_v[row][:, slots], v[:, :near]], dim=1)
+    k_near = torch.cat([layer.window_k[row][:, slots].to(k.dtype), k[:, :near]], dim=1)
+    v_near = torch.cat([layer.window_v[row][:, slots].to(v.dtype), v[:, :near]], dim=1)
     head = causal_attention(q[:, :near], k_near, v_near, scale, window, softcap)
     if near == k.shape[1]:
         return head

@@ -267,9 +267,8 @@ class _Recorder:
         layer = self.module.get_submodule(str(node.target))
         assert isinstance(layer, fused.Linear)
         out = self._buffer((*x.shape[:-1], layer.weight.rows), torch.float32)
-        bias = None if layer.bias is None else layer.bias.float()
+        bias = None if layer.bias is None else self.widened.setdefault(node, layer.bias.float())
         record = step.linear(x, layer.weight.struct, bias, out, self.scratch)
-        self.values[node] = (out, bias)  # a widened bias must live on
         if record is None:
             self.parts.append(lambda: _put(out, layer(x)))
         else:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -56,11 +57,15 @@ class Timing:
 
 def encode(model: CompiledModel, prompt: Prompt) -> list[int]:
     """Token ids of a prompt; chat messages go through the model's chat template."""
-    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
-        return [int(t) for t in prompt if isinstance(t, int)]
+    if not isinstance(prompt, str) and all(isinstance(t, Integral) for t in prompt):
+        return [int(t) for t in prompt]  # type: ignore[arg-type]  # Python's, or numpy's
     tokenizer = _tokenizer(model)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
+    if not all(isinstance(message, dict) for message in prompt):
+        raise DataError(
+            "a prompt is a text, a list of token ids, or a list of chat messages with role and content"
+        )
     return tokenizer.encode(
         tokenizer.chat([dict(m) for m in prompt if isinstance(m, dict)]), special_tokens=False
     )
@@ -86,6 +91,8 @@ def stream(
     """
     sampling = sampling or Sampling()
     timing = timing if timing is not None else Timing()
+    if isinstance(prompts, str):
+        raise DataError("prompts are a list, also of one: [text]")
     ids = [encode(model, prompt) for prompt in prompts]
     for index, tokens in enumerate(ids):
         if not tokens:

@@ -73,11 +73,13 @@ class CompiledModel:
         [B, V] (rows without new tokens are left out), or with `every` of all new tokens, sequence after sequence
         [N, V]. With `chunk`, at most that many tokens of a sequence go through the model at once: later chunks then
         attend to pages that earlier ones sealed, so logits differ a little from those of an exact prefill.
-        Raises CapacityError when the context or the memory does not suffice; the cache is then unchanged. Raises
-        ArtifactGraph when the artifact's graph fails, which only one that kvcc did not write does; the cache is then
-        to be thrown away.
+        Raises CapacityError when the context does not suffice, or memory for the cache; the cache is then unchanged.
+        When memory runs out in the middle of a step (CapacityError, too), or the artifact's graph fails (ArtifactGraph;
+        only one that kvcc did not write does), some layers have stored their tokens: the cache is to be thrown away.
         """
         self._check(tokens, cache)
+        if chunk is not None and chunk < 1:
+            raise DataError(f"chunk {chunk}: at least one token goes through the model at once")
         longest = max(map(len, tokens), default=0)
         if not longest:
             raise DataError("forward needs at least one new token")

@@ -135,3 +135,24 @@ def test_a_bfloat16_model_decodes_with_activations_in_float32() -> None:
     )
     assert found["bfloat16", True].dtype == torch.float32
     assert fast < plain
+
+
+def test_biases_of_a_bfloat16_model_outlive_the_capture() -> None:
+    """Widened ones belong to nobody else: freed, records would add whatever lies there now."""
+    loaded = tiny_loaded("qwen2", "bfloat16")
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, tensor in loaded.model.named_parameters():
+            if name.endswith("bias"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    graph, logits = capture_model(loaded), []
+    prompts, following = tokens(9, 5), [list(step) for step in zip(*tokens(6, 6, seed=3))]
+    for captures in (False, True):
+        model = running("qwen2", run_passes(graph, None, recipe()), backend=cpu)
+        if captures:
+            fuse(model.graph)
+        else:
+            model.steps[(2, torch.get_num_threads())] = None
+        logits.append(decoded(model, prompts, following).float())
+        assert bool(captured(model)) == captures
+    torch.testing.assert_close(*logits, atol=0.05, rtol=0.05)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy
 import pytest
 import torch
 
@@ -192,3 +193,15 @@ def test_sampling_does_not_depend_on_the_batch(options: dict) -> None:
     again = model.generate(prompts[:1], max_tokens=8, sampling=Sampling(seed=3, **options), ignore_eos=True)
     other = model.generate(prompts[:1], max_tokens=8, sampling=Sampling(seed=4, **options), ignore_eos=True)
     assert first[0].tokens == again[0].tokens != other[0].tokens
+
+
+def test_token_ids_of_any_integer_type_are_prompts_and_nothing_else_is_guessed() -> None:
+    model = runnable("llama", recipe("[]"))
+    ids = [5, 6, 7]
+    expected = model.generate([ids], max_tokens=4, ignore_eos=True)[0].tokens
+    for same in (list(numpy.array(ids)), numpy.array(ids), [5, numpy.int64(6), 7]):
+        assert model.generate([same], max_tokens=4, ignore_eos=True)[0].tokens == expected
+    with pytest.raises(DataError, match=r"prompts are a list, also of one"):
+        model.generate("Hello", max_tokens=4)
+    with pytest.raises(DataError, match="chunk 0: at least one token"):
+        model.forward([ids], model.new_cache(1), chunk=0)

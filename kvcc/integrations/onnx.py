@@ -126,6 +126,8 @@ class OnnxModel:
         self, prompts: Sequence[Sequence[int]], max_tokens: int = 128, ignore_eos: bool = False
     ) -> list[list[int]]:
         """New token ids of each prompt, greedily, up to an end of text, `max_tokens` or the end of the context."""
+        if max_tokens < 1:
+            return [[] for _ in prompts]
         logits, cache = self.prefill(prompts)
         eos = set() if ignore_eos else set(self.description["model"]["eos_token_ids"])
         context = self.description["model"]["context_length"]
