@@ -216,6 +216,12 @@ def _changed(path: str | Path) -> Iterator[Path]:
         yield folder
 
 
+def check_export(output: Path, marker: str, *, overwrite: bool) -> None:
+    """`check_target` for folders of other formats, which `overwrite` may replace: those that hold the file `marker`."""
+    if not (overwrite and (output / marker).is_file()):
+        check_target(output, overwrite=False)
+
+
 def check_target(path: str | Path, *, overwrite: bool) -> Path:
     """Where an artifact at `path` would be written, links resolved; to be called before hours of work.
 

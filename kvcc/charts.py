@@ -143,7 +143,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def power_ticks(low: float, high: float, count: int = 5, base: float = 2.0) -> list[float]:
     """Powers of `base` that enclose [low, high], both positive: about `count` at most, with equal ratios."""
-    first, last = (round_to(math.log(x, base)) for x, round_to in ((low, _down), (high, _up)))
+    first, last = _down(math.log(low, base)), _up(math.log(high, base))
     step = max(1, math.ceil((last - first) / count))
     steps = max(1, math.ceil((last - first) / step))
     return [base ** (first + i * step) for i in range(steps + 1)]

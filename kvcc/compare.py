@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from kvcc.bench import decode_times
-from kvcc.charts import Line, beside, lines
+from kvcc.charts import Line
 from kvcc.checking import CheckSize, Verdict, check, require_model
 from kvcc.frontend import load_model
+from kvcc.fronts import front_file
 from kvcc.kernels.linear import WeightType
 from kvcc.progress import OnProgress
 from kvcc.runtime import load
@@ -121,19 +122,9 @@ def _named(path: Path, report: OnProgress | None) -> OnProgress | None:
 
 def drawn(entries: Sequence[Entry]) -> str:
     """An SVG file of mean KL against bits per element, one dot an artifact, and the front."""
-    front = tuple((e.bits_per_element, e.mean_kl) for e in entries if e.on_front)
-    dots = [Line(e.name, ((e.bits_per_element, e.mean_kl),), quiet=not e.on_front) for e in entries]
-    title = "KL to the uncompressed model against bits per element"
-    chart = lines(
-        [Line("", front, labelled=False), *dots],
-        title=title,
-        x_label="bits per element, metadata included",
-        y_label="KL, nats per token",
-        log="y",
-        origin=False,
-        named=True,
-    )
-    return beside([chart], title=title, columns=1)
+    points = [(e.bits_per_element, e.mean_kl) for e in entries]
+    dots = [Line(e.name, (point,), quiet=not e.on_front) for e, point in zip(entries, points)]
+    return front_file([point for e, point in zip(entries, points) if e.on_front], dots)
 
 
 def as_dict(entries: Sequence[Entry]) -> dict[str, Any]:

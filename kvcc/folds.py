@@ -145,7 +145,7 @@ def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float)
     """
     module, layer = compilation.graph.module, compilation.plan.layers[index]
     attention = attention_nodes(module)[index]
-    mean, moment = _value_statistics(compilation, index, compilation.need_profile("think"))
+    mean, moment = value_statistics(compilation, index, compilation.need_profile("think"))
     v, out = value_projection(compilation, index), output_side(compilation, index)
     wo = attribute(module, out.weight).double()
     group = layer.q_heads // layer.kv_heads
@@ -176,8 +176,11 @@ def drop_value_channels(compilation: Compilation, index: int, keep_ratio: float)
     return width
 
 
-def _value_statistics(compilation: Compilation, index: int, profile: Profile) -> tuple[Tensor, Tensor]:
-    """Mean [H, D] of V as the graph has it now, and covariance [H, D, D]; with sinks zero, and second moment."""
+def value_statistics(compilation: Compilation, index: int, profile: Profile) -> tuple[Tensor, Tensor]:
+    """Mean [H, D] of V as the graph has it now, and covariance [H, D, D].
+
+    With attention sinks zero and the second moment: weights that do not sum to one would lose part of a mean.
+    """
     mean, moment = profile.v_mean(index), profile.v_cov(index)
     if compilation.specs()[index].has_sinks:
         mean, moment = torch.zeros_like(mean), profile.vv(index)

@@ -1,7 +1,7 @@
 """Bits against divergence of several recipes, from what `kvcc compare` or `kvcc plan` wrote."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ from kvcc.runtime.strict_json import first_fault
 
 Divergence = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 MAX_BYTES = 64 << 20
+TITLE = "KL to the uncompressed model against bits per element"
 FEW = 8  # points of which all have their names beside them; of more, only those on the front
 
 
@@ -141,12 +142,23 @@ def drawn(front: Front, mine: Point | None) -> str:
     ]
     if own:  # first of the coloured ones, and drawn over the others
         dots.append(charts.Line("this artifact", ((own[0].bits, own[0].kl),)))
+    return kl_by_bits(dots, f"{TITLE}, as {front.command} measured it")
+
+
+def kl_by_bits(series: Sequence[charts.Line], title: str = TITLE) -> str:
+    """The chart of KL in nats a token against bits per element, each curve's name at its last point."""
     return charts.lines(
-        dots,
-        title=f"KL to the uncompressed model against bits per element, as {front.command} measured it",
+        series,
+        title=title,
         x_label="bits per element, metadata included",
         y_label="KL, nats per token",
         log="y",
         origin=False,
         named=True,
     )
+
+
+def front_file(edge: Sequence[tuple[float, float]], dots: Sequence[charts.Line]) -> str:
+    """That chart as an SVG file: the front through the points of `edge`, and a dot for each recipe."""
+    chart = kl_by_bits([charts.Line("front", tuple(edge), labelled=False), *dots])
+    return charts.beside([chart], title=TITLE, columns=1)

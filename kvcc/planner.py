@@ -173,15 +173,15 @@ def _verified(trials: Trials, fitting: Sequence[Measured], goal: Goal, report: O
     Raises DataError when none does: texts differ, and recipes chosen by the bits lie next to a limit of KL.
     """
     held: list[Measured] = []
-    for number, each in enumerate(fitting):
-        if number >= FINALISTS and held:
-            break
-        report("verifying", number, max(number + 1, min(FINALISTS, len(fitting))))
+    for number, each in enumerate(fitting, 1):
+        report("verifying", number - 1, max(number, min(FINALISTS, len(fitting))))
         again = trials.measure(each.recipe, goal.bits, timed=goal.attention_ms is not None, again=True)
         assert again is not None
         if _fits(again, goal):
             held.append(again)
-    report("verifying", len(fitting), len(fitting))
+        if held and number >= FINALISTS:
+            break
+    report("verifying", number, number)
     if not held:
         raise DataError(
             f"none of the {len(fitting)} recipes that met the goal meets it on other texts, too; allow a larger KL"

@@ -98,11 +98,16 @@ class Trials:
         self.opening = self.prompt.tokens[:OPENING]
         self.opened = _opened(self.reference, self.opening)
         self.tolerance = EXACT_TOLERANCE[model.dtype]
-        about = ["behind", model.digest, context, tokens, texts, seed, profile and profile.digest()]
-        self.key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
+        self.about = ["behind", model.digest, context, tokens, texts, seed]
         self.known: dict[str, Any] = {}
         if state is not None and state.is_file():
             self.known = _held(state, self.key)
+
+    @cached_property
+    def key(self) -> str:
+        """What measurements depend on besides the recipe; of use with a `state` only, and a second's work."""
+        about = [*self.about, self.profile and self.profile.digest()]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def measure(
         self,

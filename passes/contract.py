@@ -84,9 +84,8 @@ class Pass(BaseModel, ABC):
 
     name: ClassVar[str]
     needs_profile: ClassVar[bool] = False
-    after: ClassVar[
-        tuple[str, ...]
-    ] = ()  # passes it can follow in a layer; in a recipe they must come earlier
+    # Passes that this one can follow in a layer; in a recipe they must come earlier.
+    after: ClassVar[tuple[str, ...]] = ()
     once: ClassVar[bool] = True
 
     @abstractmethod

@@ -4,10 +4,10 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from kvcc.bases import fold_values, set_key_tables
 from kvcc.errors import PassError
+from kvcc.folds import value_statistics
 from kvcc.kernels.layout import Plane, Side
 from kvcc.passes.contract import Compilation, Pass
 from kvcc.runtime.plan import HeadPlan
@@ -44,14 +44,12 @@ class Cskv(Pass):
                 for share, size in ((self.k_rank, layer.k_dim), (self.v_rank, layer.v_dim))
             )
             profile = compilation.need_profile(self.name)
-            sinks = compilation.specs()[index].has_sinks  # weights that do not sum to one would lose the mean
+            mean, moment = value_statistics(compilation, index, profile)
             k_basis, v_basis = (
-                torch.linalg.eigh(moment).eigenvectors.flip(-1)
-                for moment in (profile.k_cov(index), (profile.vv if sinks else profile.v_cov)(index))
+                torch.linalg.eigh(each).eigenvectors.flip(-1) for each in (profile.k_cov(index), moment)
             )
             set_key_tables(compilation, index, k_basis[..., :k_rank], k_basis[..., :k_rank])
             compilation.tables[f"layers.{index}.k_mean"] = profile.k_mean(index).float().contiguous()
-            mean: Tensor = torch.zeros_like(profile.v_mean(index)) if sinks else profile.v_mean(index)
             fold_values(compilation, index, mean, v_basis)
             k = Side((Plane(self.bits, k_rank),), "tokens", self.group_size)
             v = Side((Plane(self.bits, v_rank),), "channels", v_rank)

@@ -62,13 +62,12 @@ def encode(model: CompiledModel, prompt: Prompt) -> list[int]:
     tokenizer = _tokenizer(model)
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    if not all(isinstance(message, dict) for message in prompt):
+    messages = [dict(message) for message in prompt if isinstance(message, dict)]
+    if len(messages) < len(prompt):
         raise DataError(
             "a prompt is a text, a list of token ids, or a list of chat messages with role and content"
         )
-    return tokenizer.encode(
-        tokenizer.chat([dict(m) for m in prompt if isinstance(m, dict)]), special_tokens=False
-    )
+    return tokenizer.encode(tokenizer.chat(messages), special_tokens=False)
 
 
 def stream(

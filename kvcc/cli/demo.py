@@ -17,10 +17,7 @@ from kvcc.cli._console import err, json_option, out, print_json, progress, size
 def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: bool) -> None:
     """Calibrate, compile, check and generate with SmolLM2-135M, from nothing."""
     from kvcc.demo import LENGTHS, MODEL, QUESTION, RECIPES, demo
-    from kvcc.recipe import load_recipe
 
-    for name in recipe:
-        load_recipe(name)
     with progress(as_json) as advance:
         rows = demo(
             output,

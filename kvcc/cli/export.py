@@ -145,20 +145,19 @@ def command(
 
 def _check_target(layout: str, output: Path, force: bool) -> None:
     """Refuse before a model is loaded what could not be written."""
-    from kvcc.artifact import check_target
+    from kvcc.artifact import check_export, check_target
 
-    if layout == "kvcc":
+    if layout == "onnx":
+        from kvcc.exchange.onnx import DESCRIPTION, check_onnx
+
+        check_onnx()
+        check_export(output, DESCRIPTION, overwrite=force)
+    elif layout == "compressed-tensors":
+        from kvcc.exchange.compressed_tensors import BITS
+
+        check_export(output, BITS, overwrite=force)
+    else:
         check_target(output, overwrite=force)
-        return
-    if layout == "compressed-tensors":
-        from kvcc.exchange.compressed_tensors import check_checkpoint_target
-
-        check_checkpoint_target(output, overwrite=force)
-        return
-    from kvcc.exchange.onnx import check_onnx, check_onnx_target
-
-    check_onnx()
-    check_onnx_target(output, overwrite=force)
 
 
 def _told(explain: bool, report: "PassReport") -> None:
@@ -250,13 +249,14 @@ def _saved(plan: "Plan") -> str:
     if not total:
         return "all layers have sliding windows, which stay exact: the cache does not grow"
     tokens = plan.break_even()
-    return (
-        f"{total:,.0f} bytes per token against {fp16:,} in fp16 ({fp16 / total:.2f}x smaller, "
-        f"{plan.bits_per_element():.2f} bits per element with scales and zeros)\n"
-    ) + (
+    when = (
         f"smaller than an fp16 cache from {tokens:,} tokens on (the exact windows cost {size(plan.cache_bytes(0))})"
         if tokens is not None
         else "this recipe saves no memory: its cache is never smaller than an fp16 one"
+    )
+    return (
+        f"{total:,.0f} bytes per token against {fp16:,} in fp16 ({fp16 / total:.2f}x smaller, "
+        f"{plan.bits_per_element():.2f} bits per element with scales and zeros)\n{when}"
     )
 
 

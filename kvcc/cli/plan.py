@@ -158,21 +158,11 @@ def save(found: "Search", output: Path, recipe: Path | None, plot: Path | None) 
 
 def drawn(found: "Search") -> str:
     """An SVG file of the front and of everything that was measured."""
-    from kvcc.charts import Line, beside, lines
+    from kvcc.charts import Line
+    from kvcc.fronts import front_file
 
-    front = sorted((m.bits, m.kl) for m in found.front)
     dots = [Line(row(m)[0], ((m.bits, m.kl),), quiet=m not in found.front) for m in found.measured]
-    title = "KL to the uncompressed model against bits per element"
-    chart = lines(
-        [Line("front", tuple(front), labelled=False), *dots],
-        title=title,
-        x_label="bits per element",
-        y_label="KL, nats per token",
-        log="y",
-        origin=False,
-        named=True,
-    )
-    return beside([chart], title=title, columns=1)
+    return front_file(sorted((m.bits, m.kl) for m in found.front), dots)
 
 
 def show(found: "Search", model: str) -> None:

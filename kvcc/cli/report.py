@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from kvcc.cli._console import json_option, out, print_json
-from kvcc.errors import ArtifactError, ArtifactUnwritable
+from kvcc.cli._outputs import write_output
+from kvcc.errors import ArtifactError
 
 if TYPE_CHECKING:
     from kvcc.charts import Theme
@@ -72,10 +73,7 @@ def command(
     written = []
     if output is not None:
         page = render_report(artifact, None, extras)
-        try:
-            output.write_text(page, encoding="utf-8")
-        except OSError as error:
-            raise ArtifactUnwritable(f"{output}: the report cannot be written: {error.strerror}") from error
+        write_output(output, page)
         written.append(output)
     if plots is not None:
         written += write_plots(

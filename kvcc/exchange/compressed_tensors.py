@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kvcc.artifact import check_target
+from kvcc.artifact import check_export
 from kvcc.errors import ArtifactUnwritable, PassError, UnsupportedModel
 from kvcc.frontend import LoadedModel, save_checkpoint
 from kvcc.passes import Pass
@@ -40,7 +40,7 @@ def write_compressed_tensors(
     """
     pass_ = _expressible(recipe)
     names = _attention_names(loaded)
-    check_checkpoint_target(output, overwrite=overwrite)
+    check_export(output, BITS, overwrite=overwrite)
     scales = {}
     for index, name in enumerate(names):
         if not compiled.plan.layers[index].page:
@@ -63,14 +63,6 @@ def write_compressed_tensors(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return scales
-
-
-def check_checkpoint_target(output: Path, *, overwrite: bool) -> None:
-    """Raises ArtifactExists where something is that may not be replaced (with `overwrite` only what was written by
-    `write_compressed_tensors` may), ArtifactUnwritable where nothing can be written.
-    """
-    if not (overwrite and (output / BITS).is_file()):
-        check_target(output, overwrite=False)
 
 
 def bits_by_head(plan: Plan) -> dict[str, Any]:

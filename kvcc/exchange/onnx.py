@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from kvcc._version import __version__
-from kvcc.artifact import check_target
+from kvcc.artifact import check_export
 from kvcc.errors import ArtifactUnwritable, KernelUnavailable, PlanError
 from kvcc.exchange.onnx_support import why_not
 from kvcc.runtime.artifact import Artifact
@@ -36,14 +36,6 @@ def check_onnx() -> None:
         raise KernelUnavailable(f"--format onnx needs {' and '.join(missing)}: pip install 'kvcc[onnx]'")
 
 
-def check_onnx_target(output: Path, *, overwrite: bool) -> None:
-    """Raises ArtifactExists where something is that may not be replaced (with `overwrite` only what `write_onnx` made
-    may), ArtifactUnwritable where nothing can be written.
-    """
-    if not (overwrite and (output / DESCRIPTION).is_file()):
-        check_target(output, overwrite=False)
-
-
 def write_onnx(
     artifact: Artifact,
     output: Path,
@@ -60,7 +52,7 @@ def write_onnx(
     if reason := why_not(artifact.plan, artifact.graph):
         raise PlanError(f"{artifact.manifest.model.name} cannot be lowered to ONNX: {reason}")
     check_onnx()
-    check_onnx_target(output, overwrite=overwrite)
+    check_export(output, DESCRIPTION, overwrite=overwrite)
     graphs, described = _standard(artifact) if attention == "standard" else _gqa(artifact)
     description = _header(artifact, attention) | described
     partial = output.with_name(f".{output.name}.partial")
