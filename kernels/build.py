@@ -26,12 +26,12 @@ TIMEOUT = 300  # seconds; the build takes about five
 log = logging.getLogger(__name__)
 
 
-def compiler() -> str | None:
-    """Path of the C compiler: the first of $CC, cc, gcc and clang that exists; None when there is none."""
+def compiler() -> tuple[str, ...] | None:
+    """The C compiler's path and any words of its own: the first of $CC, cc, gcc and clang that exists, else None."""
     for name in (os.environ.get("CC", ""), "cc", "gcc", "clang"):
         words = shlex.split(name)
         if words and (path := shutil.which(words[0])):
-            return path
+            return path, *words[1:]
     return None
 
 
@@ -66,9 +66,9 @@ def build(extra: tuple[str, ...] = ()) -> Path:
     if cc is None:
         raise KernelUnavailable("no C compiler found (cc, gcc or clang); install one, or set CC to its path")
     target = cache_dir() / f"cpu_kernels-{_key(cc, extra)}.so"
-    if target.exists():
-        return target
     try:
+        if target.exists():
+            return target
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
             made = Path(folder) / target.name
@@ -82,22 +82,22 @@ def build(extra: tuple[str, ...] = ()) -> Path:
     return target
 
 
-def _compile(cc: str, target: Path, extra: tuple[str, ...]) -> None:
+def _compile(cc: tuple[str, ...], target: Path, extra: tuple[str, ...]) -> None:
     """Try the fastest set of flags that this compiler knows."""
     attempts = [(native, OPENMP) for native in NATIVE] + [(native,) for native in NATIVE] + [()]
-    messages = []
+    name, messages = shlex.join(cc), []
     for flags in attempts:
-        command = [cc, *FLAGS, *flags, *extra, "-o", str(target), *map(str, SOURCES), "-lm"]
+        command = [*cc, *FLAGS, *flags, *extra, "-o", str(target), *map(str, SOURCES), "-lm"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
         except subprocess.TimeoutExpired as error:
-            raise KernelUnavailable(f"{cc} did not compile the kernels in {TIMEOUT} s") from error
+            raise KernelUnavailable(f"{name} did not compile the kernels in {TIMEOUT} s") from error
         if done.returncode == 0:
             if OPENMP not in flags:
-                log.warning("%s has no OpenMP: the cpu kernels will use one thread", cc)
+                log.warning("%s has no OpenMP: the cpu kernels will use one thread", name)
             return
         messages.append(done.stderr.strip())
-    raise KernelUnavailable(f"{cc} cannot compile the cpu kernels: {_first_error(messages[0])}")
+    raise KernelUnavailable(f"{name} cannot compile the cpu kernels: {_first_error(messages[0])}")
 
 
 def _first_error(message: str) -> str:
@@ -105,18 +105,18 @@ def _first_error(message: str) -> str:
     return next((line for line in lines if "error" in line), lines[0])
 
 
-def _key(cc: str, extra: tuple[str, ...]) -> str:
+def _key(cc: tuple[str, ...], extra: tuple[str, ...]) -> str:
     """Digest of all that the machine code depends on."""
     try:
         version = subprocess.run(
-            [cc, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False
+            [*cc, "--version"], capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KernelUnavailable(
-            f"the C compiler {cc} does not run ({error}); install another or set CC"
+            f"the C compiler {shlex.join(cc)} does not run ({error}); install another or set CC"
         ) from error
     sources = [path.read_text() for path in (*HEADERS, *SOURCES)]
-    parts = (*sources, *FLAGS, *NATIVE, OPENMP, *extra, cc, version.stdout, _processor())
+    parts = (*sources, *FLAGS, *NATIVE, OPENMP, *extra, *cc, version.stdout, _processor())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

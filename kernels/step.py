@@ -243,7 +243,7 @@ def attend_call(
     described = (
         cpu._describe(cached.layout) if cached.layout is not None and cached.pool is not None else None
     )
-    return cpu._Attend(
+    call = cpu._Attend(
         described.record if described else cpu.NO_PAGES,
         *(batch, n, q_heads, kv_heads, dk, dv, q_pages.shape[-1], slots, cached.sinks),
         *(cpu._array(x) for x in (q, q_pages, cached.window_k, cached.window_v)),
@@ -258,6 +258,8 @@ def attend_call(
         *(scale, softcap, out.data_ptr(), lse.data_ptr(), torch.get_num_threads()),
         *((described.max_section, described.max_metadata) if described else (0, 0)),
     )
+    call.described = described  # its tables live as long as the call
+    return call
 
 
 def attend(call: ctypes.Structure) -> Record:

@@ -217,9 +217,13 @@ def attend(
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Run a kernel, or write down that it would be run: see `recorded`."""
+    """Run a kernel where its first argument is, or write down that it would be run: see `recorded`."""
     launches = _recorded.get()
-    if launches is None:
+    first: Tensor = arguments[0]
+    if launches is None and first.is_cuda:
+        with torch.cuda.device(first.device):  # triton launches on the current one
+            kernel[grid](*arguments, **constants)
+    elif launches is None:
         kernel[grid](*arguments, **constants)
     else:
         launches.append(Launch(kernel, arguments, constants))

@@ -26,6 +26,7 @@ from kvcc.measure import (
     GreedyAgreement,
     RetrievalScore,
     TextAgreement,
+    endings,
     expected_logits,
     greedy_agreement,
     retrieve,
@@ -37,6 +38,8 @@ from kvcc.report import render_report
 from kvcc.runtime import CompiledModel, load
 from kvcc.runtime.identity import ModelIdentity
 from kvcc.uncompressed import uncompressed
+
+ANSWER = 16  # tokens of a retrieval's answer
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,15 @@ class CheckSize:
     greedy_tokens: int = 64
     other_contexts: tuple[int, ...] = ()  # the same texts again, behind prefills of so many tokens
     layers: bool = False  # each layer compressed by itself, on the first text of each kind
+
+    def within(self, tokens: int) -> "CheckSize":
+        """The same for a model with a context of `tokens`: shorter where this would not fit."""
+        if self.length <= tokens:
+            return self
+        fitting = tuple(n for n in self.retrieval_lengths if 2 * n <= tokens)
+        return replace(
+            self, length=tokens, context=tokens * self.context // self.length, retrieval_lengths=fitting
+        )
 
 
 @dataclass(frozen=True)
@@ -116,10 +128,12 @@ def check(
     size = size or CheckSize()
     report = on_progress or unseen
     model = load(artifact, backend=backend, weights=weights)
+    _check_size(size, model.identity)
+    kinds = {kind: _texts(model, kind, size, seed) for kind in data}
+    tasks = list(_tasks(model, size, seed))
     loaded = load_model(against, model.identity.dtype) if isinstance(against, str) else against
     require_model(artifact, model.identity, loaded.identity)
     reference = reference or uncompressed(loaded, model.tokenizer)
-    kinds = {kind: _texts(model, kind, size, seed) for kind in data}
     known = {} if expected is None else expected
     for kind, rows in kinds.items():
         if kind not in known:
@@ -147,7 +161,7 @@ def check(
         prompts = [ids[: size.context] for ids in next(iter(kinds.values()))[: size.greedy_prompts]]
         greedy = greedy_agreement(model, reference, prompts, size.greedy_tokens)
         report("greedy", 1, 1)
-    retrieval = tuple(_retrieval(model, reference, size, seed, report))
+    retrieval = tuple(_retrieval(model, reference, tasks, report))
     verdict = Verdict(
         str(artifact),
         loaded.identity.name,
@@ -165,6 +179,22 @@ def check(
         layers,
     )
     return replace(verdict, gates=judge(gates or Gates(), _measured(verdict)))
+
+
+def _check_size(size: CheckSize, model: ModelIdentity) -> None:
+    """Raise DataError, before hours of work, for what the model's context does not hold."""
+    if not 1 <= size.context < size.length:
+        raise DataError(
+            f"context {size.context} must lie between 1 and the text length {size.length}, exclusive"
+        )
+    if size.length > model.context_length:
+        raise DataError(
+            f"texts of {size.length} tokens: {model.name} has a context of {model.context_length}; use a smaller "
+            "--length, and --context"
+        )
+    for context in size.other_contexts:
+        if not 1 <= context <= size.context:
+            raise DataError(f"context {context} must lie between 1 and {size.context}, the longest one")
 
 
 def _texts(model: CompiledModel, kind: str, size: CheckSize, seed: int) -> list[list[int]]:
@@ -194,45 +224,59 @@ def _other_contexts(
     """As many tokens of each text as `size` measures behind its context, behind other contexts."""
     measured = size.length - size.context
     for context in size.other_contexts:
-        if not 1 <= context <= size.context:
-            raise DataError(f"context {context} must lie between 1 and {size.context}, the longest one")
         for kind, rows in kinds.items():
             cut = [ids[: context + measured] for ids in rows]
             step = partial(report, f"text: {kind} behind {context:,} tokens")
             yield teacher_forced(model, reference, cut, kind=kind, context=context, on_step=step)
 
 
+def _tasks(model: CompiledModel, size: CheckSize, seed: int) -> Iterator[tuple[str, int, list[Task]]]:
+    """Retrieval tasks by kind and length. Raises DataError for ones that the model's context does not hold."""
+    limit = model.identity.context_length
+    for kind, make in GENERATORS.items():
+        for tokens in size.retrieval_lengths:
+            words = _words(model, make, tokens)
+            tasks = [make(seed, i, words) for i in range(size.retrieval_tasks)]
+            longest = max(sum(map(len, _ask(model, task))) + _answer_tokens(model, task) for task in tasks)
+            if longest > limit:
+                raise DataError(
+                    f"retrieval in {tokens} tokens takes up to {longest} with question and answer: "
+                    f"{model.identity.name} has a context of {limit}; use a smaller --retrieval"
+                )
+            yield kind, tokens, tasks
+
+
 def _retrieval(
     model: CompiledModel,
     reference: CompiledModel,
-    size: CheckSize,
-    seed: int,
+    wanted: Sequence[tuple[str, int, list[Task]]],
     report: OnProgress,
 ) -> list[RetrievalScore]:
     """Both models on every task; the uncompressed one once, since it does not matter to it what was in sight when."""
     scores = []
-    total = len(GENERATORS) * len(size.retrieval_lengths) * 3 * size.retrieval_tasks
+    total = 3 * sum(len(tasks) for _, _, tasks in wanted)
     done = 0
 
     def solve(who: CompiledModel, tasks: Sequence[Task], visible: bool) -> Iterator[Found]:
         nonlocal done
         for task in tasks:
-            yield retrieve(who, task, lambda t: _ask(model, t), visible, 16)
+            yield retrieve(who, task, lambda t: _ask(model, t), visible, ANSWER)
             done += 1
             report("retrieval", done, total)
 
-    for kind, make in GENERATORS.items():
-        for tokens in size.retrieval_lengths:
-            words = _words(model, make, tokens)
-            tasks = [make(seed, i, words) for i in range(size.retrieval_tasks)]
-            wanted = list(solve(reference, tasks, visible=True))
-            for visible in (True, False):
-                answers = [
-                    Answer(task.depth, ours.answered, theirs.answered, ours.preferred, theirs.preferred)
-                    for task, ours, theirs in zip(tasks, solve(model, tasks, visible), wanted)
-                ]
-                scores.append(scored(kind, tokens, visible, answers))
+    for kind, tokens, tasks in wanted:
+        expected = list(solve(reference, tasks, visible=True))
+        for visible in (True, False):
+            answers = [
+                Answer(task.depth, ours.answered, theirs.answered, ours.preferred, theirs.preferred)
+                for task, ours, theirs in zip(tasks, solve(model, tasks, visible), expected)
+            ]
+            scores.append(scored(kind, tokens, visible, answers))
     return scores
+
+
+def _answer_tokens(model: CompiledModel, task: Task) -> int:
+    return max(ANSWER, *map(len, endings(model, task)))
 
 
 def _words(model: CompiledModel, make: Callable[[int, int, int], Task], tokens: int) -> int:

@@ -233,15 +233,20 @@ def retrieve(
     return Found(contains_answer(model.tokenizer.decode(answer), task), preferred)
 
 
+def endings(model: CompiledModel, task: Task) -> list[list[int]]:
+    """Token ids of each candidate, as the end of the answer that the task's lead begins."""
+    assert model.tokenizer is not None
+    texts = [f"{task.lead} {candidate}." for candidate in task.candidates]
+    return [model.tokenizer.encode(text, special_tokens=False) for text in texts]
+
+
 def _likeliest(model: CompiledModel, cache: Cache, logits: Tensor, task: Task) -> str:
-    """The candidate that the model finds likeliest as the end of the answer that the task's lead begins.
+    """The candidate whose ending the model finds likeliest.
 
     logits [V] are of the first answered token. The cache of one sequence is the same afterwards: candidates are
     copies of it, which share its pages.
     """
-    assert model.tokenizer is not None
-    texts = [f"{task.lead} {candidate}." for candidate in task.candidates]
-    rows = [model.tokenizer.encode(text, special_tokens=False) for text in texts]
+    rows = endings(model, task)
     cache.keep([0] * (1 + len(rows)))
     every = model.forward([[], *rows], cache, every=True).split([len(row) for row in rows])
     cache.keep([0])

@@ -6,6 +6,7 @@ between a few dozen recipes, too unlike each other for a formula: they are compi
 best ones again on other texts.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -151,8 +152,10 @@ def search(
         except KvccError as error:
             refused[recipe] = str(error)
             continue
-        if found is not None:
+        if found is not None and math.isfinite(found.kl):
             measured.append(found)
+        elif found is not None:
+            refused[recipe] = f"its predictions diverge by {found.kl} nats"
     report("measuring recipes", len(wanted), len(wanted))
     fitting = sorted((m for m in measured if _fits(m, goal)), key=lambda m: _rank(m, goal))
     if not fitting:
@@ -225,7 +228,8 @@ def _mixed(trials: Trials, bits: float, report: OnProgress) -> list[str]:
             raise
         except KvccError:
             return []
-        assert found is not None
+        if found is None or not math.isfinite(found.kl):
+            return []
         costs[layer, side] = found.kl
     report("measuring layers", 2 * len(layers), 2 * len(layers))
     recipe = mixed_recipe(costs, bits)

@@ -236,7 +236,7 @@ class Cache:
         self.exact_in = exact_in  # type in which new tokens attend to each other; None: the model's
         self.lengths = [0] * batch
         self.counts: list[int] = []
-        _check_fits(batch * plan.cache_bytes(0), budget, f"an empty cache of batch {batch}")
+        _check_fits(batch * plan.cache_bytes(0), device, budget, f"an empty cache of batch {batch}")
         self.layers = [
             LayerCache(layer, layout, batch, plan.exact, device)
             for layer, layout in zip(plan.layers, plan.layouts())
@@ -272,9 +272,8 @@ class Cache:
         ]
         if not short:
             return
-        _check_fits(
-            sum(more for _, more in short), self.budget, f"{max(tokens)} tokens a sequence", self.nbytes
-        )
+        more = sum(more for _, more in short)
+        _check_fits(more, self.device, self.budget, f"{max(tokens)} tokens a sequence", self.nbytes)
         for layer, _ in short:
             layer.reserve(*wanted[layer.plan.policy], exactly=self.budget is not None)
 
@@ -321,11 +320,19 @@ class Cache:
         return sum(m.nbytes for m in self.memory())
 
 
-def _check_fits(extra: int, budget: int | None, what: str, held: int = 0) -> None:
-    limit = budget - held if budget is not None else psutil.virtual_memory().available
+def _check_fits(extra: int, device: torch.device, budget: int | None, what: str, held: int = 0) -> None:
+    limit = budget - held if budget is not None else _available(device)
     if extra > limit:
         source = "the cache budget" if budget is not None else "memory"
         raise CapacityError(
             f"{what} needs {extra / 2**20:.1f} MiB more cache and {source} has {max(limit, 0) / 2**20:.1f} MiB left; "
             "use a smaller batch, a shorter context or a recipe with fewer bits"
         )
+
+
+def _available(device: torch.device) -> int:
+    """Bytes that can be allocated on a device: on a GPU also what torch keeps there for itself to use again."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

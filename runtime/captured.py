@@ -7,8 +7,9 @@ Activations are float32 whatever the model's type: weights are widened in regist
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
@@ -57,6 +58,15 @@ class Places:
     sealed: Tensor  # [n] int32
 
 
+@dataclass
+class Bound:
+    """A step's records pointing into one cache, as that lay when they were made."""
+
+    where: list[tuple[int, int]]  # `_where` of all layers
+    calls: list[Call] = field(default_factory=list)
+    alive: list[Any] = field(default_factory=list)  # owns what records point at
+
+
 class CapturedStep:
     """Made by `capture`; `run` gives the logits of one more token for every sequence of a cache."""
 
@@ -75,9 +85,7 @@ class CapturedStep:
         n = tokens.shape[1]
         self._places = {a.plan.policy: (a.plan, _places(n)) for a in self.attentions}
         self._lock = threading.Lock()
-        self._bound: list[int] = []
-        self._calls: list[Call] = []
-        self._alive: list[Any] = []
+        self._bound: WeakKeyDictionary[Cache, Bound] = WeakKeyDictionary()
 
     def run(self, tokens: Sequence[int], cache: Cache) -> Tensor:
         """Logits [n, V] after `tokens`, one for each sequence; between `cache.begin` and `cache.commit`."""
@@ -95,8 +103,7 @@ class CapturedStep:
             places.sealed.copy_(at.sealed)
             if at.full:
                 full[policy] = at.full
-        self._bind(cache)
-        for call in self._calls:
+        for call in self._bind(cache).calls:
             call()
         if full:
             for attention in self.attentions:
@@ -104,21 +111,22 @@ class CapturedStep:
                     seal_full(cache, attention.layer, rows)
         return self.logits.clone()
 
-    def _bind(self, cache: Cache) -> None:
-        """Let records point into this cache, unless they do: it grows, and steps serve several caches."""
-        addresses = [a for attention in self.attentions for a in _addresses(cache, attention.layer)]
-        if addresses == self._bound:
-            return
-        self._calls, self._alive = [], []
+    def _bind(self, cache: Cache) -> Bound:
+        """Records that point into this cache: those of its last step, unless it has moved since."""
+        where = [place for attention in self.attentions for place in _where(cache, attention.layer)]
+        bound = self._bound.get(cache)
+        if bound is not None and bound.where == where:
+            return bound
+        bound = self._bound[cache] = Bound(where)
         for part in self.parts:
             if not isinstance(part, list):
-                self._calls.append(part)
+                bound.calls.append(part)
                 continue
-            records = [r for entry in part for r in self._records(entry, cache)]
-            self._calls.append(_runner((Record * len(records))(*records), len(records), self.threads))
-        self._bound = addresses
+            records = [r for entry in part for r in self._records(entry, cache, bound.alive)]
+            bound.calls.append(_runner((Record * len(records))(*records), len(records), self.threads))
+        return bound
 
-    def _records(self, entry: Record | Attention, cache: Cache) -> Iterator[Record]:
+    def _records(self, entry: Record | Attention, cache: Cache, alive: list[Any]) -> Iterator[Record]:
         if isinstance(entry, Record):
             yield entry
             return
@@ -143,7 +151,7 @@ class CapturedStep:
         call = step.attend_call(
             view, q, q if q_pages is None else q_pages, entry.scale, entry.softcap, bias, entry.out, entry.lse
         )
-        self._alive.append((call, view))
+        alive.append((call, view))
         yield step.attend(call)
         if entry.sinks is not None:
             yield step.sink(entry.lse, entry.sinks, entry.out)
@@ -161,12 +169,19 @@ def _runner(records: Any, count: int, threads: int) -> Call:
     return lambda: step.run(records, count, threads)
 
 
-def _addresses(cache: Cache, index: int) -> Iterator[int]:
-    """All of a layer's memory that records point at."""
+def _where(cache: Cache, index: int) -> Iterator[tuple[int, int]]:
+    """Address and first stride of all of a layer's memory that may move: what records say of it."""
     layer = cache.layers[index]
-    yield from (layer.window_k.data_ptr(), layer.window_v.data_ptr(), layer.table.data_ptr())
-    yield layer.pool.addresses.data_ptr() if layer.pool is not None else 0
-    yield layer.query_channels.data_ptr() if layer.query_channels is not None else 0
+    pool = None if layer.pool is None else layer.pool.addresses
+    for tensor in (
+        layer.window_k,
+        layer.window_v,
+        layer.table,
+        pool,
+        layer.query_channels,
+        layer.pruned_mean,
+    ):
+        yield (0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0))
 
 
 def capture(module: fx.GraphModule, cache: Cache) -> CapturedStep:

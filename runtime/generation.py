@@ -76,7 +76,7 @@ def stream(
     *,
     max_tokens: int = 128,
     sampling: Sampling | None = None,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chunk: int | None = None,
     budget: int | None = None,
     ignore_eos: bool = False,
@@ -92,6 +92,9 @@ def stream(
     timing = timing if timing is not None else Timing()
     if isinstance(prompts, str):
         raise DataError("prompts are a list, also of one: [text]")
+    stops = [s for s in ([stop] if isinstance(stop, str) else stop) if s]
+    if stops:
+        _tokenizer(model)  # they are found in text
     ids = [encode(model, prompt) for prompt in prompts]
     for index, tokens in enumerate(ids):
         if not tokens:
@@ -103,7 +106,7 @@ def stream(
     room = [min(max_tokens, context - len(tokens)) for tokens in ids]
     cache.reserve([len(t) + max(0, r) for t, r in zip(ids, room)])
     active = list(range(len(ids)))
-    texts = [_Text(model.tokenizer, stop) for _ in ids]
+    texts = [_Text(model.tokenizer, stops) for _ in ids]
     generators = [torch.Generator().manual_seed(sampling.seed + i) for i in active]
     counts = [0] * len(ids)
     eos = set() if ignore_eos else set(model.identity.eos_token_ids)
@@ -152,7 +155,7 @@ class _Text:
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         self._stream = DecodeStream(tokenizer) if tokenizer else None
-        self._stop = [s for s in stop if s]
+        self._stop = stop
         self._held = ""
 
     def push(self, token: int) -> tuple[str, bool]:
@@ -172,5 +175,7 @@ class _Text:
 
 def _tokenizer(model: CompiledModel) -> Tokenizer:
     if model.tokenizer is None:
-        raise DataError(f"{model.identity.name} was exported without a tokenizer; give token ids")
+        raise DataError(
+            f"{model.identity.name} was exported without a tokenizer; give token ids, and no stop strings"
+        )
     return model.tokenizer

@@ -1,6 +1,7 @@
 """A compiled model: the lowered graph, its plan and tables, and the kernels that run it."""
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,6 +42,7 @@ class CompiledModel:
     device: torch.device
     exact_in: torch.dtype | None = None  # type in which new tokens attend to each other; None: the model's
     steps: dict[tuple[int, int], CapturedStep | None] = field(default_factory=dict, repr=False, compare=False)
+    capturing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def new_cache(self, batch: int = 1, budget: int | None = None) -> Cache:
         """An empty cache for `batch` sequences, of at most `budget` bytes when given."""
@@ -132,13 +134,14 @@ class CompiledModel:
         if self.backend.name != "cpu":
             return None
         key = cache.batch, torch.get_num_threads()
-        if key not in self.steps:
-            try:
-                self.steps[key] = capture(self.graph, cache)
-            except NotCapturable as error:
-                log.warning("decode steps run operator by operator, which is slower: %s", error)
-                self.steps[key] = None
-        return self.steps[key]
+        with self.capturing:
+            if key not in self.steps:
+                try:
+                    self.steps[key] = capture(self.graph, cache)
+                except NotCapturable as error:
+                    log.warning("decode steps run operator by operator, which is slower: %s", error)
+                    self.steps[key] = None
+            return self.steps[key]
 
     def _check(self, tokens: Sequence[Sequence[int]], cache: Cache) -> None:
         if len(tokens) != cache.batch:

@@ -13,7 +13,7 @@ CHAT = (
 )
 
 
-def save_tiny_llama(folder: Path, *, chat: bool = True, layers: int = 2) -> Path:
+def save_tiny_llama(folder: Path, *, chat: bool = True, layers: int = 2, context: int = CONTEXT) -> Path:
     """Write config, weights and tokenizer; the same every time."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
@@ -32,7 +32,7 @@ def save_tiny_llama(folder: Path, *, chat: bool = True, layers: int = 2) -> Path
         num_attention_heads=4,
         num_key_value_heads=2,
         vocab_size=len(vocabulary),
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=None,
         eos_token_id=0,
     )

@@ -1,16 +1,20 @@
 """Captured decode steps against the graph run operator by operator."""
 
 import dataclasses
+import gc
+import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from kvcc.frontend import capture as capture_model
 from kvcc.kernels import cpu, reference
 from kvcc.pipeline import run_passes
-from kvcc.runtime.captured import Attention, CapturedStep
+from kvcc.runtime.cache import Cache
+from kvcc.runtime.captured import Attention, CapturedStep, capture
 from kvcc.runtime.fuse import fuse
 from kvcc.runtime.model import CompiledModel
 from tests.compiled import recipe, runnable, running, tokens
@@ -91,6 +95,42 @@ def test_one_step_serves_several_caches_and_what_is_left_of_a_batch() -> None:
         logits.append(torch.cat(got))
     assert {rows for rows, _ in model.steps} == {1, 2}
     torch.testing.assert_close(logits[0], logits[1], atol=2e-4, rtol=2e-4)
+
+
+def test_a_step_keeps_no_cache_alive() -> None:
+    model = runnable("llama", recipe(), cpu)
+    fuse(model.graph)
+    caches = [model.new_cache() for _ in range(2)]
+    for cache in caches:
+        model.forward(tokens(30), cache)
+        model.forward([[1]], cache)
+    (step,) = captured(model)
+    bound = {id(cache): step._bound[cache] for cache in caches}
+    for cache in caches:  # in turn, without records made anew
+        model.forward([[2]], cache)
+        assert step._bound[cache] is bound[id(cache)]
+    window = weakref.ref(caches[0].layers[0].window_k)
+    del caches, cache, bound
+    gc.collect()
+    assert not step._bound
+    assert window() is None
+
+
+def test_threads_capture_a_step_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def slowly(module: fx.GraphModule, cache: Cache) -> CapturedStep:
+        time.sleep(0.05)
+        made.append(capture(module, cache))
+        return made[-1]
+
+    monkeypatch.setattr("kvcc.runtime.model.capture", slowly)
+    model = runnable("llama", recipe(), cpu)
+    fuse(model.graph)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda prompt: decoded(model, [prompt], [[1]]), tokens(5, 6, 7)))
+    assert captured(model) == made
+    assert len(made) == 1
 
 
 def test_threads_may_decode_with_caches_of_their_own() -> None:

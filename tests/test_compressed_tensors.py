@@ -102,3 +102,7 @@ def test_the_command(model: tuple[Path, LoadedModel, Profile], tmp_path: Path) -
     assert "layer 0" in forced.output
     both = CliRunner().invoke(cli, [*command, "--format", "compressed-tensors", "--check"])
     assert both.exit_code == 2
+    planned = ["export", "no model", "--budget", "2x", "-o", str(tmp_path / "planned")]
+    searched = CliRunner().invoke(cli, [*planned, "--format", "compressed-tensors"])
+    assert searched.exit_code == 2
+    assert "is for --recipe fp8 or int8" in searched.output

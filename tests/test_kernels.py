@@ -421,6 +421,31 @@ def test_broken_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("fresh_cache")
+def test_a_compiler_may_have_a_launcher_and_options(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    launcher, asked = tmp_path / "launcher", tmp_path / "asked"
+    launcher.write_text(f'#!/bin/sh\necho "$*" > {asked}\n[ "$3" = --version ] && exit 0\ntouch "$0.so"\n')
+    launcher.chmod(0o755)
+    monkeypatch.setenv("CC", f"'{launcher}' gcc -m64")
+    assert compiled.compiler() == (str(launcher), "gcc", "-m64")
+    with pytest.raises(KernelUnavailable, match="cannot keep compiled kernels"):  # it made none
+        compiled.build()
+    assert asked.read_text().startswith("gcc -m64 -std=")
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_unreadable_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    if compiled.compiler() is None:
+        pytest.skip("no C compiler")
+
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(KernelUnavailable, match="KVCC_CACHE_DIR"):
+        compiled.build()
+
+
+@pytest.mark.usefixtures("fresh_cache")
 def test_unwritable_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if compiled.compiler() is None:
         pytest.skip("no C compiler")

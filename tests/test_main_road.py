@@ -1,5 +1,6 @@
 """calibrate → export → inspect → check → run on the command line, and every bad input a user can give it."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -300,6 +301,11 @@ def test_a_batch_too_large_for_memory(made: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cache.psutil, "virtual_memory", lambda: Little)
     with pytest.raises(CapacityError, match=r"memory has 0\.1 MiB left; use a smaller batch"):
         model.generate([[5] * 50] * 64, max_tokens=4)
+    # On a GPU it is the GPU's, with what torch holds there and does not use.
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9999))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 300)
+    assert cache._available(torch.device("cuda", 1)) == 1200
 
 
 def test_a_full_disk_is_one_error(
@@ -321,6 +327,7 @@ def test_a_full_disk_is_one_error(
 
 
 def test_stop_strings_and_streaming_agree(made: Path) -> None:
+    from kvcc.errors import DataError
     from kvcc.runtime import load
 
     model = load(made / "model.kvcc")
@@ -331,6 +338,11 @@ def test_stop_strings_and_streaming_agree(made: Path) -> None:
     cut = model.generate(["Once upon"], max_tokens=40, ignore_eos=True, stop=[stop])[0]
     assert cut.text == whole[: whole.index(stop)]
     assert cut.finish == "stop"
+    assert model.generate(["Once upon"], max_tokens=40, ignore_eos=True, stop=stop)[0] == cut
+    without = dataclasses.replace(model, tokenizer=None)
+    assert without.generate([[7] * 5], max_tokens=2, ignore_eos=True)[0].finish == "length"
+    with pytest.raises(DataError, match="no stop strings"):
+        without.generate([[7] * 5], max_tokens=2, stop=[stop])
 
 
 def test_half_precision_models_compile(call: Call, model: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from kvcc.calibration import PromptSet, TokenPrompt, calibrate
 from kvcc.cli import cli
+from kvcc.cli._console import out
+from kvcc.cli.plan import show
 from kvcc.errors import ArtifactUnwritable, DataError, ProfileError
 from kvcc.graph import Graph
 from kvcc.planner import Goal, Search, candidates, pareto, search
@@ -100,6 +102,26 @@ def test_measurements_are_those_of_forward_passes(model: Opened, monkeypatch: py
         assert own is not None
         assert found.kl == pytest.approx(own.kl, rel=1e-3)
         assert found.bits == own.bits
+
+
+def test_what_diverges_without_bound_never_wins(
+    model: Opened, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = Trials.measure
+
+    def broken(trials: Trials, recipe: str, *more: Any, **options: Any) -> Measured | None:
+        found = measure(trials, recipe, *more, **options)
+        return replace(found, kl=float("nan")) if found is not None and recipe == RECIPES[0] else found
+
+    monkeypatch.setattr(Trials, "measure", broken)
+    found = search(*model, None, Goal(bits=20), recipes=RECIPES, **SMALL)
+    assert RECIPES[0] not in {m.recipe for m in (*found.measured, *found.front, found.winner)}
+    assert found.refused == {RECIPES[0]: "its predictions diverge by nan nats"}
+    with out.capture() as shown:
+        show(found, "tiny")
+    words = " ".join(shown.get().split())
+    assert "left out: 1 that this model does not take, such as kivi: {k_bits: 2" in words
+    assert "its predictions diverge by nan nats" in words
 
 
 def test_texts_fit_the_model_s_context(model: Opened) -> None:

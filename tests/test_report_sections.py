@@ -370,10 +370,32 @@ def test_a_check_with_everything_fills_the_report(artifact: Path) -> None:
     ]  # fmt: skip
 
 
-def test_contexts_are_shorter_than_the_main_one(artifact: Path, model: LoadedModel) -> None:
-    size = CheckSize(1, 120, 96, (), 1, greedy_prompts=0, other_contexts=(97,))
-    with pytest.raises(DataError, match="context 97 must lie between 1 and 96"):
-        check(artifact, model, size=size)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"other_contexts": (97,)}, "context 97 must lie between 1 and 96"),
+        ({"context": 120}, "context 120 must lie between 1 and the text length 120"),
+        ({"length": 2049}, "texts of 2049 tokens: .* has a context of 2048"),
+        (
+            {"retrieval_lengths": (2040,)},
+            r"retrieval in 2040 tokens takes up to 2\d+ with question and answer",
+        ),
+    ],
+)
+def test_what_no_context_holds_is_refused_first(
+    change: dict[str, Any], message: str, artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcc.checking.load_model", None)
+    size = replace(CheckSize(1, 120, 96, (), 1, greedy_prompts=0), **change)
+    with pytest.raises(DataError, match=message):
+        check(artifact, "the model", size=size)
+
+
+def test_options_of_plots_want_plots(artifact: Path, tmp_path: Path) -> None:
+    for option in (["--format", "png"], ["--theme", "dark"]):
+        result = CliRunner().invoke(command, [str(artifact), "-o", str(tmp_path / "r.html"), *option])
+        assert result.exit_code == 2
+        assert "give --plots FOLDER" in result.output
 
 
 @pytest.mark.parametrize("theme", ["light", "dark", "auto"])

@@ -260,6 +260,22 @@ def test_export_signs_what_it_wrote(keys: tuple[Path, Path], tmp_path: Path) -> 
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
 
 
+def test_export_trusts_what_it_makes(
+    keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a key has to vouch for artifacts: checked before it is signed, and loadable afterwards."""
+    monkeypatch.setenv("KVCC_TRUSTED_KEY", str(keys[1]))
+    model, path = save_tiny_llama(tmp_path / "model", context=200), tmp_path / "a.kvcc"
+    words = ["export", str(model), "--recipe", "exact", "--output", str(path), "--check", "--json", "--sign"]
+    made = CliRunner().invoke(cli, [*words, str(keys[0])])
+    assert made.exit_code == 0, made.output
+    monkeypatch.setenv("KVCC_TRUSTED_KEY", str(keys[1]))
+    accuracy = read_artifact(path).accuracy
+    assert accuracy is not None
+    size = accuracy["size"]  # what a context of 200 holds
+    assert (size["length"], size["context"], size["retrieval_lengths"]) == (200, 133, [])
+
+
 def test_a_bad_key_is_told_before_the_model_is_read(keys: tuple[Path, Path], tmp_path: Path) -> None:
     words = ["export", "no-such-model", "--recipe", "exact", "--output", str(tmp_path / "a.kvcc"), "--sign"]
     made = CliRunner().invoke(cli, [*words, str(keys[1])])

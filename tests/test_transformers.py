@@ -298,6 +298,27 @@ def test_masks_that_are_not_causal_are_refused(artifact: Callable[[str, str], Pa
         )
 
 
+def test_no_graph_of_gradients_is_kept(artifact: Callable[[str, str], Path]) -> None:
+    (row,) = tokens(20)
+    expected = logits(stock("llama"), row, CompressedCache.from_artifact(artifact("llama", "kivi")), [12])
+    cache, model, found = CompressedCache.from_artifact(artifact("llama", "kivi")), stock("llama"), []
+    for part in (row[:12], row[12:]):
+        found.append(model(torch.tensor([part]), past_key_values=cache).logits[0])
+    assert found[0].requires_grad  # of what is no attention
+    assert cache.pages is not None
+    assert not any(layer.window_k.requires_grad for layer in cache.pages.layers)
+    assert torch.equal(torch.cat(found), expected)
+
+
+def test_layers_on_several_devices_are_refused(artifact: Callable[[str, str], Path]) -> None:
+    cache = CompressedCache.from_artifact(artifact("llama", "kivi"))
+    plan = cache.artifact.plan.layers[0]
+    q, k = (torch.zeros(1, heads, 3, plan.k_dim) for heads in (plan.q_heads, plan.kv_heads))
+    cache.attend(0, q, k, k, None, 1.0)
+    with pytest.raises(UnsupportedModel, match="layer 1 is on meta and the cache on cpu"):
+        cache.attend(1, q.to("meta"), k.to("meta"), k.to("meta"), None, 1.0)
+
+
 def test_attention_that_reads_keys_is_told_what_to_set(artifact: Callable[[str, str], Path]) -> None:
     model = ARCHITECTURES["llama"]()
     model.set_attn_implementation("eager")

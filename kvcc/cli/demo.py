@@ -7,6 +7,7 @@ import click
 from rich.table import Table
 
 from kvcc.cli._console import err, json_option, out, print_json, progress, size
+from kvcc.cli._outputs import trust_own
 
 
 @click.command("demo")
@@ -16,6 +17,7 @@ from kvcc.cli._console import err, json_option, out, print_json, progress, size
 @json_option
 def command(output: Path, model: str | None, recipe: tuple[str, ...], as_json: bool) -> None:
     """Calibrate, compile, check and generate with SmolLM2-135M, from nothing."""
+    trust_own()
     from kvcc.demo import LENGTHS, MODEL, QUESTION, RECIPES, demo
 
     with progress(as_json) as advance:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvcc.cli._console import err, json_option, out, print_json, progress, size
+from kvcc.cli._outputs import trust_own
 from kvcc.cli.plan import ratio_of, show
 
 if TYPE_CHECKING:
@@ -103,9 +104,12 @@ def command(
         return
     if (recipe is None) == (budget is None):
         raise click.UsageError("give one of --recipe and --budget")
+    if layout == "compressed-tensors" and budget is not None:
+        raise click.UsageError("--format compressed-tensors is for --recipe fp8 or int8, not for --budget")
     if explain and as_json:
         raise click.UsageError("--explain is for people; with --json leave it out")
     ratio = ratio_of(budget) if budget is not None else None
+    trust_own()
     from kvcc.recipe import load_recipe
 
     chosen = load_recipe(recipe) if recipe is not None else None  # before any model is loaded
@@ -188,10 +192,11 @@ def _added(
             kernels = add_kernels(artifact, gpus)
     accuracy: dict[str, Any] | None = None
     if run_check:
-        from kvcc.checking import check, store_accuracy
+        from kvcc.checking import CheckSize, check, store_accuracy
 
+        fitting = CheckSize().within(loaded.identity.context_length)
         with progress(quiet) as advance:
-            verdict = check(artifact, loaded, on_progress=advance)
+            verdict = check(artifact, loaded, size=fitting, on_progress=advance)
         store_accuracy(artifact, verdict)
         accuracy = verdict.as_dict()
     signer = None

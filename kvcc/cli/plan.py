@@ -174,6 +174,12 @@ def show(found: "Search", model: str) -> None:
     for each in found.front:
         table.add_row("*" if each.recipe == found.winner.recipe else "", *row(each))
     out.print(table)
+    if found.refused:
+        first, why = next(iter(found.refused.items()))
+        about = (
+            f"{len(found.refused)} that this model does not take, such as {recipe_name(first)}: {escape(why)}"
+        )
+        out.print(f"left out: {about}")
     out.print("chosen, measured again on other texts:")
     name, bits, size, kl, *time = row(found.winner)
     taken = f", attention {time[0]} ms" if time else ""
@@ -182,6 +188,16 @@ def show(found: "Search", model: str) -> None:
 
 def row(each: "Measured") -> tuple[str, ...]:
     """Recipe, bits, bytes and KL of one measurement, and attention's milliseconds where they were measured."""
-    name = each.recipe.split("passes:")[1].strip().removeprefix("- ")
     time = () if each.attention_ms is None else (f"{each.attention_ms:.1f}",)
-    return escape(name), f"{each.bits:.2f}", f"{each.bytes_per_token:,.0f}", f"{each.kl:.4f}", *time
+    return (
+        recipe_name(each.recipe),
+        f"{each.bits:.2f}",
+        f"{each.bytes_per_token:,.0f}",
+        f"{each.kl:.4f}",
+        *time,
+    )
+
+
+def recipe_name(recipe: str) -> str:
+    """The passes of a recipe that the planner wrote, in one line, for rich."""
+    return escape(recipe.split("passes:")[1].strip().removeprefix("- "))

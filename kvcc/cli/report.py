@@ -32,17 +32,13 @@ if TYPE_CHECKING:
     "--format",
     "formats",
     multiple=True,
-    default=("svg",),
-    show_default=True,
     type=click.Choice(["svg", "png"]),
-    help="Of plots; may be given twice. PNG needs kvcc[plots].",
+    help="Of plots, svg by default; may be given twice. PNG needs kvcc[plots].",
 )
 @click.option(
     "--theme",
-    default="light",
-    show_default=True,
     type=click.Choice(["light", "dark", "auto"]),
-    help="Of plots; auto: an SVG follows its reader.",
+    help="Of plots, light by default; auto: an SVG follows its reader.",
 )
 @json_option
 def command(
@@ -52,7 +48,7 @@ def command(
     front: Path | None,
     plots: Path | None,
     formats: "tuple[Literal['svg', 'png'], ...]",
-    theme: "Theme",
+    theme: "Theme | None",
     as_json: bool,
 ) -> None:
     """Write what ARTIFACT stores, and the accuracy that was measured, as a page that needs no network."""
@@ -60,6 +56,8 @@ def command(
         raise click.UsageError(
             "give -o FILE for the page, --plots FOLDER for its plots, or --json for numbers"
         )
+    if plots is None and (formats or theme):
+        raise click.UsageError("--format and --theme are of plots: give --plots FOLDER, too")
     for path in (output, plots):
         if path is not None and path.resolve().is_relative_to(artifact.resolve()):
             raise ArtifactError(
@@ -77,7 +75,11 @@ def command(
         written.append(output)
     if plots is not None:
         written += write_plots(
-            artifact, plots, formats=tuple(dict.fromkeys(formats)), theme=theme, extras=extras
+            artifact,
+            plots,
+            formats=tuple(dict.fromkeys(formats)) or ("svg",),
+            theme=theme or "light",
+            extras=extras,
         )
     if as_json:
         print_json(stored_facts(artifact, extras))

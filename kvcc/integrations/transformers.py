@@ -88,17 +88,24 @@ class CompressedCache(Cache):
             model._kvcc_folded = digest  # type: ignore[assignment]
         self.folded = True
 
+    @torch.no_grad()
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
         softcap: float = 0.0, sinks: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention of the new tokens: q [B, Hq, n, D], k and v [B, Hkv, n, D], mask bool [B, 1, n, columns + n] or
-        None. Returns [B, n, Hq, Dv]; rows of padding are 0. Raises DataError for a mask that is not causal.
+        None. Returns [B, n, Hq, Dv]; rows of padding are 0. No gradient passes. Raises DataError for a mask that is not
+        causal, UnsupportedModel for layers on several devices.
         """
         plans = self.artifact.plan.layers
         step = self._step if layer else self._begin(q, k, mask)
         assert step is not None
         assert self.pages is not None
+        if k.device != self.pages.device:
+            raise UnsupportedModel(
+                f"layer {layer} is on {k.device} and the cache on {self.pages.device}: a compressed cache lies on one "
+                "device; load the model onto one"
+            )
         if layer == 0 or (plans[layer].window and not any(p.window for p in plans[:layer])):
             _check_causal(mask, step, self.pages.lengths, plans[layer].window)
         rows, columns = step.rows, step.columns
