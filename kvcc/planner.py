@@ -16,7 +16,7 @@ from kvcc.calibration import calibrate, encode_sets
 from kvcc.calibration_data import load_prompts
 from kvcc.errors import ArtifactUnwritable, DataError, KvccError
 from kvcc.graph import Graph, attention_nodes, attention_spec
-from kvcc.mixing import LEAST, mixed_recipe, single_side
+from kvcc.mixing import least, mixed_recipe, single_side
 from kvcc.profile import Profile
 from kvcc.progress import OnProgress, unseen
 from kvcc.runtime import CompiledModel
@@ -26,22 +26,23 @@ from kvcc.trials import DATA, Measured, Trials
 CALIBRATION = f"{DATA},retrieval"  # long contexts are asked for facts in them
 CALIBRATION_PROMPTS, CALIBRATION_LENGTH = 15, 1024
 FINALISTS = 3
+GROUP = 64  # tokens of a page, and channels, that share a scale; as many of these as divide a head's channels
 DATA_FREE = (
-    "kivi: {k_bits: 2, v_bits: 2, group_size: 64}",
-    "kivi: {k_bits: 2, v_bits: 2, group_size: 32}",
-    "kivi: {k_bits: 3, v_bits: 3, group_size: 64}",
-    "kivi: {k_bits: 4, v_bits: 4, group_size: 64}",
-    "kivi: {k_bits: 4, v_bits: 4, group_size: 32}",
-    "kivi: {k_bits: 8, v_bits: 8, group_size: 64}",
-    "hadamard: {k_bits: 3, v_bits: 3}",
-    "hadamard: {k_bits: 4, v_bits: 4}",
+    "kivi: {k_bits: 2, v_bits: 2, group_size: WIDE}",
+    "kivi: {k_bits: 2, v_bits: 2, group_size: NARROW}",
+    "kivi: {k_bits: 3, v_bits: 3, group_size: WIDE}",
+    "kivi: {k_bits: 4, v_bits: 4, group_size: WIDE}",
+    "kivi: {k_bits: 4, v_bits: 4, group_size: NARROW}",
+    "kivi: {k_bits: 8, v_bits: 8, group_size: WIDE}",
+    "hadamard: {k_bits: 3, v_bits: 3, group_size: WIDE}",
+    "hadamard: {k_bits: 4, v_bits: 4, group_size: WIDE}",
     "turboquant: {k_bits: 3, v_bits: 3}",
     "turboquant: {k_bits: 4, v_bits: 4}",
 )
 TRANSFORMS = (("dual", "true"), ("dual", "false"), ("pca", "true"), ("native", "true"))
 CALIBRATED = (
-    "kitty: {boosted: 0.125}",
-    "kitty: {boosted: 0.25}",
+    "kitty: {boosted: 0.125, group_size: WIDE}",
+    "kitty: {boosted: 0.25, group_size: WIDE}",
     "oscar: {k_bits: 2, v_bits: 2}",
     "oscar: {k_bits: 4, v_bits: 4}",
     "zipcache: {}",
@@ -80,10 +81,11 @@ class Search:
         return asdict(self)
 
 
-def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[str]:
+def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1, group_size: int = GROUP) -> list[str]:
     """Recipes worth measuring, as YAML, in a fixed order: published methods, and transforms at the goal's bits.
 
-    Bases of several of the model's `kv_heads` are among them where the goal bounds the time that they take.
+    Bases of several of the model's `kv_heads` are among them where the goal bounds the time that they take. Groups
+    are of `group_size` and, where that is smaller, of GROUP / 2.
     """
     budgets = [goal.bits] if goal.bits is not None else [1.5, 2.0, 2.5, 3.0, 3.5, 4.25, 5.25, 6.25]
     fixed = list(DATA_FREE)
@@ -96,7 +98,17 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1) -> list[s
             if goal.attention_ms is not None:
                 for joint in (n for n in range(2, kv_heads + 1) if kv_heads % n == 0):
                     fixed.append(f"transform: {{bits: {bits:g}, joint_heads: {joint}}}")
-    return [f"{WINDOWS}passes:\n  - {line}\n" for line in fixed]
+    sizes = {"WIDE": group_size, "NARROW": min(GROUP // 2, group_size)}
+    lines = (
+        line.replace("WIDE", str(sizes["WIDE"])).replace("NARROW", str(sizes["NARROW"])) for line in fixed
+    )
+    return [f"{WINDOWS}passes:\n  - {line}\n" for line in dict.fromkeys(lines)]
+
+
+def widest_group(graph: Graph) -> int:
+    """The largest group of GROUP's divisors that K and V of every layer can be cut into."""
+    specs = [attention_spec(node) for node in attention_nodes(graph.module)]
+    return math.gcd(GROUP, *(size for spec in specs for size in (spec.k_dim, spec.v_dim)))
 
 
 def calibrated(
@@ -139,7 +151,9 @@ def search(
     report = on_progress or unseen
     trials = Trials(graph, reference, profile, texts, context, tokens, seed, state)
     timed = goal.attention_ms is not None
-    wanted = list(recipes) if recipes is not None else candidates(goal, profile, graph.model.kv_heads)
+    wanted = list(
+        candidates(goal, profile, graph.model.kv_heads, widest_group(graph)) if recipes is None else recipes
+    )
     measured, refused = [], {}
     if recipes is None and goal.bits is not None:
         wanted += _mixed(trials, goal.bits, report)
@@ -215,15 +229,15 @@ def _rank(found: Measured, goal: Goal) -> tuple[float, float]:
 
 def _mixed(trials: Trials, bits: float, report: OnProgress) -> list[str]:
     """The recipe that gives K and V of every layer a width of its own; none where layers cannot be quantised so."""
-    if bits < LEAST:
+    module, group = trials.graph.module, widest_group(trials.graph)
+    if bits < least(group):
         return []
-    module = trials.graph.module
     layers = [i for i, node in enumerate(attention_nodes(module)) if not attention_spec(node).window]
     costs: dict[tuple[int, str], float] = {}
     for number, (layer, side) in enumerate((i, s) for i in layers for s in "kv"):
         report("measuring layers", number, 2 * len(layers))
         try:
-            found = trials.measure(f"{WINDOWS}{single_side(layer, side)}", None, short=True)
+            found = trials.measure(f"{WINDOWS}{single_side(layer, side, group)}", None, short=True)
         except ArtifactUnwritable:
             raise
         except KvccError:
@@ -232,5 +246,5 @@ def _mixed(trials: Trials, bits: float, report: OnProgress) -> list[str]:
             return []
         costs[layer, side] = found.kl
     report("measuring layers", 2 * len(layers), 2 * len(layers))
-    recipe = mixed_recipe(costs, bits)
+    recipe = mixed_recipe(costs, bits, group)
     return [] if recipe is None else [f"{WINDOWS}{recipe}"]

@@ -1,5 +1,6 @@
 """OSCAR: rotations from the covariances that attention sees, then clipped codes per token."""
 
+import math
 from typing import ClassVar, Literal
 
 import torch
@@ -33,7 +34,9 @@ class Oscar(Pass):
     k_bits: Literal[2, 3, 4, 8] = Field(2, description="bits per K code")
     v_bits: Literal[2, 3, 4, 8] = Field(2, description="bits per V code")
     group_size: int | None = Field(
-        None, ge=8, description="channels of a token that share a scale and a zero; default: 128 or a head's"
+        None,
+        ge=8,
+        description="channels that share a scale and a zero; default: a head's, or as many of 128 as divide them",
     )
     k_clip: int = Field(96, ge=1, le=100, description="percent of K's range that codes reach")
     v_clip: int = Field(92, ge=1, le=100, description="the same for V")
@@ -41,7 +44,7 @@ class Oscar(Pass):
     def apply(self, compilation: Compilation) -> None:
         profile = compilation.need_profile(self.name)
         for index, layer in self.paged(compilation):
-            k_group, v_group = (self.group_size or min(128, size) for size in (layer.k_dim, layer.v_dim))
+            k_group, v_group = (self.group_size or _group(size) for size in (layer.k_dim, layer.v_dim))
             check_channel_groups(index, layer, k_group)
             turns = (
                 mixed(each, index).expand(layer.kv_heads, -1, -1) for each in _covariances(profile, index)
@@ -56,6 +59,10 @@ class Oscar(Pass):
                 compilation, index, f"calibrated rotation, K {self.k_bits} and V {self.v_bits} bits per token"
             )
         tidy(compilation.graph.module)
+
+
+def _group(size: int) -> int:
+    return size if size <= 128 else math.gcd(128, size)
 
 
 def _covariances(profile: Profile, index: int) -> tuple[Tensor, Tensor]:

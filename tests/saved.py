@@ -13,7 +13,9 @@ CHAT = (
 )
 
 
-def save_tiny_llama(folder: Path, *, chat: bool = True, layers: int = 2, context: int = CONTEXT) -> Path:
+def save_tiny_llama(
+    folder: Path, *, chat: bool = True, layers: int = 2, context: int = CONTEXT, head_dim: int | None = None
+) -> Path:
     """Write config, weights and tokenizer; the same every time."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<eos>", *alphabet])}
@@ -31,6 +33,7 @@ def save_tiny_llama(folder: Path, *, chat: bool = True, layers: int = 2, context
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=head_dim,
         vocab_size=len(vocabulary),
         max_position_embeddings=context,
         bos_token_id=None,

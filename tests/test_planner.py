@@ -15,8 +15,10 @@ from kvcc.cli._console import out
 from kvcc.cli.plan import show
 from kvcc.errors import ArtifactUnwritable, DataError, ProfileError
 from kvcc.graph import Graph
-from kvcc.planner import Goal, Search, candidates, pareto, search
+from kvcc.pipeline import run_passes
+from kvcc.planner import Goal, Search, candidates, pareto, search, widest_group
 from kvcc.profile import Profile
+from kvcc.recipe import parse_recipe
 from kvcc.runtime import CompiledModel
 from kvcc.shared_prefill import Filler, Prompt, filler
 from kvcc.trials import Measured, Trials
@@ -55,6 +57,18 @@ def test_the_front_is_what_nothing_beats() -> None:
 def test_candidates_follow_the_goal() -> None:
     assert not any("transform" in c for c in candidates(Goal(bits=4), None))
     assert candidates(Goal(bits=4), None) == candidates(Goal(bits=4), None)
+
+
+@pytest.mark.parametrize("head_dim", [48, 64, 80, 96, 192])
+def test_candidates_fit_heads_of_any_size(head_dim: int, tmp_path: Path) -> None:
+    graph, reference = opened(str(save_tiny_llama(tmp_path, layers=1, head_dim=head_dim)))
+    assert reference.tokenizer is not None
+    ids = tuple(reference.tokenizer.encode("Words of a text that is counted.") * 9)
+    profile = calibrate(graph, [PromptSet("text", "", 0, (TokenPrompt(ids, "0"),))], gradients=True)
+    tried = candidates(Goal(bits=3), profile, group_size=widest_group(graph))
+    assert len(tried) > 20
+    for each in tried:
+        run_passes(graph, profile, parse_recipe(each, "test"))
 
 
 def test_a_budget_takes_the_least_divergence(model: Opened, tmp_path: Path) -> None:
