@@ -23,7 +23,7 @@ from kvcc.recipe import parse_recipe
 from kvcc.runtime import CompiledModel
 from kvcc.runtime.cache import Cache
 from kvcc.shared_prefill import Filler, Prompt, filler, record
-from kvcc.uncompressed import EXACT_TOLERANCE
+from kvcc.uncompressed import EXACT_TOLERANCE, departure
 
 DATA = "stdlib-docs,stdlib-code"  # kinds of text that `kvcc check` measures on, other halves of them
 CHUNK = 64  # tokens appended at once while measuring
@@ -157,7 +157,7 @@ class Trials:
 
     def _prefill(self, model: CompiledModel) -> Filler | None:
         """What fills caches of `model`; None where it computes prompts in a way of its own."""
-        if float((_opened(model, self.opening) - self.opened).abs().max()) > self.tolerance:
+        if not departure(_opened(model, self.opening), self.opened) <= self.tolerance:
             return None
         return filler(model, self.prompt)
 

@@ -1,6 +1,7 @@
 """The model as it is, through kvcc's own runtime: what everything is measured against."""
 
 import torch
+from torch import Tensor
 
 from kvcc.errors import DataError
 from kvcc.frontend import LoadedModel, capture, load_model, reference_logits, runtime_tokenizer
@@ -12,7 +13,8 @@ from kvcc.runtime import CompiledModel, load
 from kvcc.runtime.artifact import read_artifact
 from kvcc.runtime.tokenizer import Tokenizer
 
-EXACT_TOLERANCE = {"float32": 2e-3, "bfloat16": 0.5, "float16": 0.1}  # logits; see `uncompressed`
+# Departures that are rounding; SmolLM2's from transformers are 3e-6, 0.06 and 0.005, those of weights folded a half.
+EXACT_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.02}
 
 
 def opened(source: str, dtype: str = "float32") -> tuple[Graph, CompiledModel]:
@@ -42,11 +44,20 @@ def uncompressed(
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, loaded.identity.vocab_size, (1, 32), generator=generator)
     mask = torch.ones_like(tokens)
-    theirs = reference_logits(loaded, tokens, mask, torch.arange(32)[None])[0].float()
-    ours = model.forward(tokens.tolist(), model.new_cache(1), every=True).float()
-    error = float((ours - theirs).abs().max())
+    theirs = reference_logits(loaded, tokens, mask, torch.arange(32)[None])[0]
+    error = departure(model.forward(tokens.tolist(), model.new_cache(1), every=True), theirs)
     if not error <= EXACT_TOLERANCE[loaded.identity.dtype]:
         raise DataError(
-            f"the captured graph of {loaded.identity.name} is off by {error:.2g} in its logits: a bug in kvcc"
+            f"the captured graph of {loaded.identity.name} is off by {error:.1%} in its logits: a bug in kvcc"
         )
     return model
+
+
+def departure(found: Tensor, expected: Tensor) -> float:
+    """Root mean square difference of logits from expected ones [N, V], in standard deviations of these.
+
+    The largest difference tells nothing in half precision: of 32 x 49,152 logits of one model, by one's own code and by
+    transformers', some are apart by half a deviation.
+    """
+    found, expected = found.float(), expected.float()
+    return float((found - expected).square().mean().sqrt() / expected.std().clamp_min(1e-30))
