@@ -1,5 +1,6 @@
 """The command line itself: what needs no model."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,11 +9,14 @@ from pathlib import Path
 
 import click
 import pytest
+from rich.console import Console
 
 import kvcc
 from kvcc.cli import cli, main
 from kvcc.cli._console import print_json
 from kvcc.cli._outputs import write_output
+from kvcc.cli.demo import table_of
+from kvcc.demo import RECIPES, Row
 from kvcc.kernels import BACKENDS
 from kvcc.passes import REGISTRY
 from kvcc.recipe import shipped
@@ -31,6 +35,17 @@ COMMANDS = {
     "recipes",
     "run",
 }
+
+
+def test_the_demo_s_table_fits_a_terminal() -> None:
+    nbytes = (29_000_000, 189_000_000)
+    rows = [Row(name, 3.59, nbytes, nbytes, (94371840, 188743680), 12.52, 0.114, 54.6) for name in RECIPES]
+    written = io.StringIO()
+    Console(width=80, file=written).print(table_of(rows))
+    shown = written.getvalue()
+    assert "…" not in shown
+    assert all(name in shown for name in RECIPES)
+    assert "allocated: 100.0 to 100.0 % of what plans say" in shown
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
