@@ -5,7 +5,7 @@ Runs on CPU tensors when TRITON_INTERPRET=1 was set before triton was imported (
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
@@ -219,14 +219,14 @@ def attend(
 def _launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Run a kernel where its first argument is, or write down that it would be run: see `recorded`."""
     launches = _recorded.get()
-    first: Tensor = arguments[0]
-    if launches is None and first.is_cuda:
-        with torch.cuda.device(first.device):  # triton launches on the current one
-            kernel[grid](*arguments, **constants)
-    elif launches is None:
-        kernel[grid](*arguments, **constants)
-    else:
+    if launches is not None:
         launches.append(Launch(kernel, arguments, constants))
+        return
+    first: Tensor = arguments[0]
+    with (
+        torch.cuda.device(first.device) if first.is_cuda else nullcontext()
+    ):  # triton launches on the current one
+        kernel[grid](*arguments, **constants)
 
 
 @contextmanager

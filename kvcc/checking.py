@@ -29,6 +29,7 @@ from kvcc.measure import (
     endings,
     expected_logits,
     greedy_agreement,
+    require_context,
     retrieve,
     scored,
     teacher_forced,
@@ -183,10 +184,7 @@ def check(
 
 def _check_size(size: CheckSize, model: ModelIdentity) -> None:
     """Raise DataError, before hours of work, for what the model's context does not hold."""
-    if not 1 <= size.context < size.length:
-        raise DataError(
-            f"context {size.context} must lie between 1 and the text length {size.length}, exclusive"
-        )
+    require_context(size.context, size.length)
     if size.length > model.context_length:
         raise DataError(
             f"texts of {size.length} tokens: {model.name} has a context of {model.context_length}; use a smaller "

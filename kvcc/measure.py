@@ -78,8 +78,7 @@ def teacher_forced(
     context … length - 1 are compared.
     """
     length = len(texts[0])
-    if not 1 <= context < length:
-        raise DataError(f"context {context} must lie between 1 and the text length {length}, exclusive")
+    require_context(context, length)
     if expected is None:
         expected = [expected_logits(reference, text, context) for text in texts]
     cache = model.new_cache(len(texts))
@@ -109,6 +108,12 @@ def teacher_forced(
     return TextAgreement(
         kind, tuple(parts), len(texts), held, cache.nbytes // len(texts), model.plan.cache_bytes(held)
     )
+
+
+def require_context(context: int, length: int) -> None:
+    """Raise DataError unless texts of `length` tokens leave some to predict behind `context` ones."""
+    if not 1 <= context < length:
+        raise DataError(f"context {context} must lie between 1 and the text length {length}, exclusive")
 
 
 def expected_logits(reference: CompiledModel, text: Sequence[int], context: int) -> Tensor:

@@ -98,10 +98,8 @@ def candidates(goal: Goal, profile: Profile | None, kv_heads: int = 1, group_siz
             if goal.attention_ms is not None:
                 for joint in (n for n in range(2, kv_heads + 1) if kv_heads % n == 0):
                     fixed.append(f"transform: {{bits: {bits:g}, joint_heads: {joint}}}")
-    sizes = {"WIDE": group_size, "NARROW": min(GROUP // 2, group_size)}
-    lines = (
-        line.replace("WIDE", str(sizes["WIDE"])).replace("NARROW", str(sizes["NARROW"])) for line in fixed
-    )
+    narrow = min(GROUP // 2, group_size)
+    lines = (line.replace("WIDE", f"{group_size}").replace("NARROW", f"{narrow}") for line in fixed)
     return [f"{WINDOWS}passes:\n  - {line}\n" for line in dict.fromkeys(lines)]
 
 

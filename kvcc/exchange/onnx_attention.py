@@ -57,7 +57,16 @@ def layer_of(index: int, plan: Plan, layout: PageLayout, tables: Mapping[str, Te
 # --------------------------------------------------------------------------- operators of torch graphs
 
 
-@torch.library.custom_op("kvcc_onnx::prefill", mutates_args=())
+def _operator(shapes: Callable[..., Any]) -> Callable[..., Any]:
+    """Define the operator `kvcc_onnx::NAME` of a function that gives what it would return, of the right shapes only."""
+    name = f"kvcc_onnx::{shapes.__name__}"
+    schema = torch.library.infer_schema(shapes, mutates_args=())
+    torch.library.define(name, schema, tags=torch.Tag.pt2_compliant_tag)
+    torch.library.register_fake(name, shapes)
+    return shapes
+
+
+@_operator
 def prefill(
     q: Tensor, k: Tensor, v: Tensor, kept: Tensor, layer: int, scale: float, softcap: float, sizes: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -66,26 +75,22 @@ def prefill(
     sizes: slots, whether the window is float16, then the size of each record. Gives attention
     [B, Hq, L, Dv], window_k, window_v [B, Hkv, slots, D] and the records [B, pages, size].
     """
-    raise NotImplementedError("exists in ONNX only")
-
-
-@prefill.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, kept: Tensor, layer: int, scale: float, softcap: float, sizes: list[int]
-) -> tuple[Tensor, ...]:
     slots, half, *records = sizes
     batch, heads, length, k_dim = k.shape
     window = torch.float16 if half else torch.float32
+    # Any number of pages will do: nothing here computes with it, and the right one would guard against 0 and 1.
+    first, second, third = (
+        q.new_empty(batch, length, n, dtype=t) for n, t in zip(records, TORCH_TYPES.values())
+    )
     return (
         q.new_empty(batch, q.shape[1], length, v.shape[-1]),
         q.new_empty(batch, heads, slots, k_dim, dtype=window),
         q.new_empty(batch, heads, slots, v.shape[-1], dtype=window),
-        # Any number of pages will do: nothing here computes with it, and the right one would guard against 0 and 1.
-        *(q.new_empty(batch, length, n, dtype=t) for n, t in zip(records, TORCH_TYPES.values())),
+        *(first, second, third),
     )
 
 
-@torch.library.custom_op("kvcc_onnx::decode", mutates_args=())
+@_operator
 def decode(
     q: Tensor,
     k: Tensor,
@@ -103,36 +108,17 @@ def decode(
 
     Gives attention [B, Hq, 1, Dv] and both windows with the new token.
     """
-    raise NotImplementedError("exists in ONNX only")
-
-
-@decode.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slot: Tensor,
-    hidden: Tensor,
-    window_k: Tensor,
-    window_v: Tensor,
-    records: list[Tensor],
-    layer: int,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], 1, v.shape[-1])
     return out, torch.empty_like(window_k), torch.empty_like(window_v)
 
 
-@torch.library.custom_op("kvcc_onnx::seal", mutates_args=())
+@_operator
 def seal(k: Tensor, v: Tensor, layer: int, sizes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Records [B, 1, size] of a page's tokens k, v [B, Hkv, T, D]; sizes: of each record."""
-    raise NotImplementedError("exists in ONNX only")
-
-
-@seal.register_fake
-def _(k: Tensor, v: Tensor, layer: int, sizes: list[int]) -> tuple[Tensor, ...]:
-    return tuple(k.new_empty(k.shape[0], 1, n, dtype=t) for n, t in zip(sizes, TORCH_TYPES.values()))
+    first, second, third = (
+        k.new_empty(k.shape[0], 1, n, dtype=t) for n, t in zip(sizes, TORCH_TYPES.values())
+    )
+    return first, second, third
 
 
 # --------------------------------------------------------------------------- their ONNX
